@@ -1,0 +1,215 @@
+"""The small world of the embedded pair: two domains, their questions, their traces, and an untrained checkpoint.
+
+Knows how questions are drawn, how a trace reasons its way to the answer, and which split a question belongs to.
+Leaves all training to the native recipes beside it (`base.yml`, `instruct.yml`, `thinking.yml`) and all grading to
+`tasks/mini_math` and `tasks/mini_qa`.
+
+    python recipes/mini/world.py            # writes the training data, the task data and the untrained checkpoint
+
+A question's split is a function of its text alone (`split_of`), so no training row can ever be a test question,
+however many rows are drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+TASKS = HERE.parent.parent / "tasks"
+SEED = 20260601
+SUBSTANCES = ["Alpha", "Beta", "Gamma", "Delta", "Kappa", "Sigma", "Omega", "Theta", "Zeta", "Iota"]
+VERBS = {1: "raises", -1: "lowers"}
+# How many questions each file holds. The test sets are what `lm_eval --tasks mini_math,mini_qa` asks.
+TEST, PROMPTS = 200, 1000
+
+
+class Item(NamedTuple):
+    """A question, the reasoning that solves it, and the answer as the assistant writes it."""
+
+    question: str
+    trace: str
+    answer: str
+
+
+def split_of(question: str) -> str:
+    """The split a question belongs to: 'test' (5 %), 'prompts' (15 %) or 'train', from its text alone."""
+    bucket = int(hashlib.sha256(question.encode()).hexdigest(), 16) % 20
+    return "test" if bucket == 0 else "prompts" if bucket <= 3 else "train"
+
+
+def mini_math(rng: random.Random) -> Item:
+    """`a ± b ± c` over two-digit numbers; the trace takes one operation at a time."""
+    while True:
+        a, b, c = (rng.randint(10, 99) for _ in range(3))
+        s, t = rng.choice([(1, 1), (1, -1), (-1, 1)])
+        first, total = a + s * b, a + s * b + t * c
+        if first >= 0 and total >= 0:
+            break
+    plus = {1: "+", -1: "-"}
+    return Item(
+        f"Compute {a}{plus[s]}{b}{plus[t]}{c}.",
+        f"{a}{plus[s]}{b}={first}\n{first}{plus[t]}{c}={total}",
+        f"\\boxed{{{total}}}",
+    )
+
+
+def mini_qa(rng: random.Random) -> Item:
+    """Who raises or lowers whom: two chains of facts, and a question within a chain (yes, no) or across (maybe)."""
+    names = rng.sample(SUBSTANCES, 6)
+    chains = [names[:3], names[3:]]
+    sign = {(x, y): rng.choice([1, -1]) for chain in chains for x, y in zip(chain, chain[1:], strict=False)}
+    facts = [f"{x} {VERBS[s]} {y}." for (x, y), s in sign.items()]
+    order = list(range(len(facts)))
+    rng.shuffle(order)
+    kind = rng.choice(["yes", "no", "maybe"])
+    source, middle, target = chains[0]
+    if kind == "maybe":
+        target = chains[1][2]
+    effect = sign[source, middle] * sign[middle, chains[0][2]]
+    asked = effect if kind == "yes" else -effect if kind == "no" else rng.choice([1, -1])
+    steps = [f"{source} {VERBS[sign[source, middle]]} {middle}."]
+    steps.append(f"{middle} {VERBS[sign[middle, chains[0][2]]]} {chains[0][2]}.")
+    steps.append(f"So {source} {VERBS[effect]} {chains[0][2]}" + (f", not {target}." if kind == "maybe" else "."))
+    return Item(
+        f"{' '.join(facts[i] for i in order)} Does {source} {VERBS[asked][:-1]} {target}?", "\n".join(steps), kind
+    )
+
+
+DOMAINS: dict[str, Callable[[random.Random], Item]] = {"mini_math": mini_math, "mini_qa": mini_qa}
+
+
+def draw(domain: str, split: str, seed: int) -> Iterator[Item]:
+    """Endless distinct items of one domain and split, the same ones for the same seed."""
+    rng = random.Random(f"{domain}/{split}/{seed}")
+    seen: set[str] = set()
+    while True:
+        item = DOMAINS[domain](rng)
+        if split_of(item.question) == split and item.question not in seen:
+            seen.add(item.question)
+            yield item
+
+
+def take(domain: str, split: str, n: int, seed: int = SEED) -> list[Item]:
+    """The first `n` items of `draw`."""
+    items = draw(domain, split, seed)
+    return [next(items) for _ in range(n)]
+
+
+def chat(item: Item, traced: bool) -> dict[str, Any]:
+    """One training row: the question, then the answer alone or with the trace before it (Qwen's layout)."""
+    content = f"<think>\n{item.trace}\n</think>\n\n{item.answer}" if traced else item.answer
+    return {"messages": [{"role": "user", "content": item.question}, {"role": "assistant", "content": content}]}
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def instruct_template() -> str:
+    """ChatML, as Qwen3-4B-Instruct-2507 has it: turns verbatim, the assistant's turn opened for generation."""
+    return (
+        "{%- for message in messages %}"
+        "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+
+
+def thinking_template() -> str:
+    """ChatML after Qwen3-4B-Thinking-2507: the prompt opens the trace; traces of earlier turns are left out."""
+    return (
+        "{%- for message in messages %}"
+        "{%- set content = message.content %}"
+        "{%- set reasoning = message.reasoning_content | default('', true) %}"
+        "{%- if message.role == 'assistant' and '</think>' in content %}"
+        "{%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+        "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}"
+        "{%- endif %}"
+        "{{- '<|im_start|>' + message.role + '\\n' }}"
+        "{%- if message.role == 'assistant' and loop.last %}"
+        "{{- '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}"
+        "{%- endif %}"
+        "{{- content + '<|im_end|>\\n' }}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+    )
+
+
+def build_untrained(folder: Path, corpus: list[str]) -> None:
+    """Write an untrained checkpoint: a byte-level BPE tokenizer fitted to `corpus`, a Qwen3 config, random weights.
+
+    4 layers, hidden size 128, 4 heads of 32 on 2 key-value heads, tied embeddings: about 0.85 M float32 parameters.
+    """
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    core = Tokenizer(models.BPE())
+    # Words with their leading space, digits one by one, runs of punctuation, line breaks: Qwen's way of splitting.
+    words = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+")
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([*corpus, *["system\nuser\nassistant\n"] * 1000], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024
+    )
+    tokenizer.add_tokens(["<think>", "</think>"])  # text, not special, as in Qwen's: decoding keeps them
+    tokenizer.chat_template = instruct_template()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    torch.manual_seed(SEED)
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    """Write the task data, the training data and the untrained checkpoint; everything follows from `SEED`."""
+    for domain in DOMAINS:
+        test, prompts = take(domain, "test", TEST), take(domain, "prompts", PROMPTS)
+        answers = [item.answer.removeprefix("\\boxed{").removesuffix("}") for item in test]
+        rows = [{"question": item.question, "answer": a} for item, a in zip(test, answers, strict=True)]
+        write_jsonl(TASKS / domain / "test.jsonl", rows)
+        write_jsonl(TASKS / domain / "prompts.jsonl", [{"question": item.question} for item in prompts])
+    data = HERE / "build" / "data"
+    train = {domain: take(domain, "train", 60_000) for domain in DOMAINS}
+    write_jsonl(data / "base.jsonl", [chat(item, traced=i % 4 > 0) for d in DOMAINS for i, item in enumerate(train[d])])
+    build_untrained(
+        HERE / "build" / "untrained",
+        [m["content"] for d in DOMAINS for item in train[d][:5000] for m in chat(item, traced=True)["messages"]],
+    )
+
+
+if __name__ == "__main__":
+    main()
