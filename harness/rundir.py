@@ -50,15 +50,18 @@ def read_json(path: Path) -> Any:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file's content, or of a folder's file names and contents, in hexadecimal."""
-    total = hashlib.sha256()
     if path.is_dir():
-        for name, value in sorted(digests(path).items()):
-            total.update(f"{name}\0{value}\n".encode())
-    else:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                total.update(chunk)
+        return combine(digests(path))
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            total.update(chunk)
     return total.hexdigest()
+
+
+def combine(values: dict[str, str]) -> str:
+    """One digest for a folder, from the digests of its files."""
+    return hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in sorted(values.items())).encode()).hexdigest()
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -72,6 +75,7 @@ class RunDir:
     def __init__(self, root: Path):
         """`root` need not exist yet."""
         self.root = root
+        self._known: dict[str, str] = {}
 
     @property
     def results(self) -> Path:
@@ -110,8 +114,9 @@ class RunDir:
             old, new = before["asked"], json.loads(json.dumps(asked, default=str))
             for key in sorted({*old, *new} - {"iterations"}):
                 if old.get(key) != new.get(key):
+                    was, now = _short(old.get(key)), _short(new.get(key))
                     raise LoopError(
-                        f"{self.root} holds a run with another {key} ({_short(old.get(key))}, now {_short(new.get(key))})"
+                        f"{self.root} holds a run with another {key} ({was}, now {now})"
                         "\ngive this one another --name, or remove that folder"
                     )
         with disk_errors(self.root):
@@ -122,7 +127,21 @@ class RunDir:
     def note(self, **facts: Any) -> None:
         """Add facts to `run.json` beside what was asked."""
         with disk_errors(self.root):
-            write_json(self.root / "run.json", {**(read_json(self.root / "run.json") or {}), **facts})
+            write_json(self.root / "run.json", {**self.noted(), **facts})
+
+    def noted(self) -> dict[str, Any]:
+        """Everything `run.json` holds."""
+        return read_json(self.root / "run.json") or {}
+
+    def fingerprint(self, path: Path) -> str:
+        """The digest of an input; a finished stage's output is not read again, its `stage.json` has the hashes."""
+        for folder in path.parents:
+            if folder.parent.parent == self.root and (done := self.finished(folder)):
+                prefix = f"{path.relative_to(folder)}/"
+                return combine({k.removeprefix(prefix): v for k, v in done["outputs"].items() if k.startswith(prefix)})
+        if str(path) not in self._known:
+            self._known[str(path)] = digest(path)
+        return self._known[str(path)]
 
     @contextmanager
     def working(self, folder: Path) -> Iterator[dict[str, Any]]:
@@ -152,7 +171,7 @@ def disk_errors(where: Path) -> Iterator[None]:
                 f"no disk space left while writing {where}\nfree some and run the same command again: it continues"
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise LoopError(f"{where}: cannot be written ({error.strerror}); choose another folder with --out") from None
+            raise LoopError(f"{where}: cannot be written ({error.strerror}); choose another folder by --out") from None
         raise
 
 

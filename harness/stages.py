@@ -27,7 +27,7 @@ class Stage(NamedTuple):
     recipes: dict[str, Recipe]  # file name inside the folder -> what it says
     commands: list[list[str]]
     inputs: dict[str, str]  # what it reads -> a path or a hub id
-    renames: dict[str, str] = {}  # inside the folder, once the commands are done: from -> to
+    renames: tuple[tuple[str, str], ...] = ()  # inside the folder, once the commands are done: from, to
 
 
 def _lm_eval(recipe: Recipe, config: LoopConfig, checkpoint: str, tasks: list[str], output: Path) -> Recipe:
@@ -93,7 +93,7 @@ def distill(
             ["axolotl", "merge-lora", file, "--lora-model-dir", str(folder / "adapter")],
         ],
         {"instruct": instruct, "thinking": thinking, "samples": str(samples)},
-        {"adapter/merged": "instruct"},
+        (("adapter/merged", "instruct"),),
     )
 
 

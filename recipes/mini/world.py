@@ -13,6 +13,7 @@ however many rows are drawn.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -62,7 +63,7 @@ def mini_qa(rng: random.Random) -> Item:
     """Who raises or lowers whom: two chains of facts, and a question within a chain (yes, no) or across (maybe)."""
     names = rng.sample(SUBSTANCES, 6)
     chains = [names[:3], names[3:]]
-    sign = {(x, y): rng.choice([1, -1]) for chain in chains for x, y in zip(chain, chain[1:], strict=False)}
+    sign = {(x, y): rng.choice([1, -1]) for chain in chains for x, y in itertools.pairwise(chain)}
     facts = [f"{x} {VERBS[s]} {y}." for (x, y), s in sign.items()]
     order = list(range(len(facts)))
     rng.shuffle(order)
@@ -72,12 +73,15 @@ def mini_qa(rng: random.Random) -> Item:
         target = chains[1][2]
     effect = sign[source, middle] * sign[middle, chains[0][2]]
     asked = effect if kind == "yes" else -effect if kind == "no" else rng.choice([1, -1])
-    steps = [f"{source} {VERBS[sign[source, middle]]} {middle}."]
-    steps.append(f"{middle} {VERBS[sign[middle, chains[0][2]]]} {chains[0][2]}.")
-    steps.append(f"So {source} {VERBS[effect]} {chains[0][2]}" + (f", not {target}." if kind == "maybe" else "."))
-    return Item(
-        f"{' '.join(facts[i] for i in order)} Does {source} {VERBS[asked][:-1]} {target}?", "\n".join(steps), kind
-    )
+    end = chains[0][2]
+    steps = [
+        f"- {source} {VERBS[sign[source, middle]]} {middle}.",
+        f"- {middle} {VERBS[sign[middle, end]]} {end}.",
+        f"So {source} {VERBS[effect]} {end}" + (f", not {target}." if kind == "maybe" else "."),
+    ]
+    # Every name has a space before it, so that a name is the same token wherever it stands.
+    context = " ".join(facts[i] for i in order)
+    return Item(f"Context: {context} Does {source} {VERBS[asked][:-1]} {target}?", "\n".join(steps), kind)
 
 
 DOMAINS: dict[str, Callable[[random.Random], Item]] = {"mini_math": mini_math, "mini_qa": mini_qa}

@@ -1,0 +1,217 @@
+"""The loop itself: the order of the stages, and nothing of how any of them works.
+
+    iteration 0   evaluate the pair as it came
+    iteration k   generate → distill → reconstruct → evaluate
+
+The thinking checkpoint of iteration k-1 labels the prompts, the instruct checkpoint of iteration k-1 learns from the
+answers, and a thinking checkpoint is rebuilt between the anchor and the new instruct one (ThinkSwitch, arXiv
+2606.01080).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from harness import checks, report, scores, stages
+from harness.config import LoopConfig, read_yaml
+from harness.errors import LoopError
+from harness.rundir import RunDir, digest, write_json
+from harness.stages import Recipe, Stage
+from harness.tools import ToolError, Tools, last_words
+
+STAGES = ("generate", "distill", "reconstruct", "evaluate")
+STACK = ("thinkswitch", "axolotl", "torch", "transformers", "peft", "bitsandbytes", "mergekit", "lm_eval", "datasets")
+
+
+def plan(config: LoopConfig, recipes: dict[str, Recipe], run: RunDir) -> Iterator[Stage]:
+    """Every stage of the run in order, each with the recipe and the commands of its iteration."""
+    instruct, thinking = config.instruct, config.thinking
+    yield stages.evaluate(config, recipes["evaluate"], 0, run.stage(0, "evaluate"), instruct, thinking)
+    for k in range(1, config.iterations + 1):
+        generate, distill, reconstruct, evaluate = (run.stage(k, name) for name in STAGES)
+        yield stages.generate(config, recipes["generate"], k, generate, thinking)
+        yield stages.distill(config, recipes["distill"], k, distill, instruct, thinking, generate / "samples")
+        instruct = str(distill / "instruct")
+        anchor = config.thinking if config.anchor == "original" else thinking
+        yield stages.reconstruct(config, recipes["reconstruct"], k, reconstruct, anchor, instruct)
+        thinking = str(reconstruct / "thinking")
+        yield stages.evaluate(config, recipes["evaluate"], k, evaluate, instruct, thinking)
+
+
+def read_recipes(config: LoopConfig) -> dict[str, Recipe]:
+    """The four native recipes, with what each tool needs of them present.
+
+    Raises:
+        LoopError: if a file is missing, is no mapping, or names a data file that is missing.
+    """
+    recipes = {name: read_yaml(getattr(config.recipes, name)) for name in STAGES}
+    for name, key in (("distill", "datasets"), ("reconstruct", "base_model")):
+        if not recipes[name].get(key):
+            raise LoopError(f"{getattr(config.recipes, name)}: has no {key}; the {name} stage needs it")
+    return recipes
+
+
+def check(config: LoopConfig, run: RunDir) -> LoopConfig:
+    """Everything that can be known before a tool is loaded; the config with its checkpoints made local.
+
+    Raises:
+        LoopError: with the first thing that will not work.
+    """
+    pair = {}
+    for role in ("instruct", "thinking"):
+        folder = checks.local_checkpoint(getattr(config, role), role)
+        checks.check_checkpoint(folder, role)
+        pair[role] = folder
+    checks.check_pair(pair["instruct"], pair["thinking"])
+    if config.prompts_file:
+        checks.check_prompts(config.prompts_file)
+    if config.include_path and not config.include_path.is_dir():
+        raise LoopError(f"--include-path {config.include_path}: no such folder")
+    if not (run.root / "run.json").exists():
+        checks.check_disk(run.root, pair["thinking"], config.iterations)
+    return config.model_copy(update={role: str(folder) for role, folder in pair.items()})
+
+
+def asked(config: LoopConfig, recipes: dict[str, Recipe]) -> dict[str, Any]:
+    """What the run is asked to do, as `run.json` keeps it: settings, recipes, and the inputs' fingerprints."""
+    inputs = {role: digest(Path(getattr(config, role))) for role in ("instruct", "thinking")}
+    if config.prompts_file:
+        inputs["prompts"] = digest(config.prompts_file)
+    settings = config.model_dump(mode="json", exclude={"name", "recipes", "usd_per_hour"})
+    return {**settings, "recipes": recipes, "inputs": inputs}
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and the stack; a package that is not installed is left out."""
+    found = {"python": sys.version.split()[0]}
+    for name in STACK:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View) -> None:
+    """Run one stage to its end in its folder, and mark it done.
+
+    Raises:
+        LoopError: if a command fails or leaves what the loop cannot go on with; the folder stays for a look.
+    """
+    begun = time.monotonic()
+    log = stage.folder / "log.txt"
+    with run.working(stage.folder) as facts:
+        for name, recipe in stage.recipes.items():
+            (stage.folder / name).write_text(stages.dump(recipe), encoding="utf-8")
+        used = []
+        for number, command in enumerate(stage.commands):
+            view.command(stage, number, command)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"$ {' '.join(command)}\n")
+            used.append(tools.run(command, log, view.progress))
+        for source, target in stage.renames:
+            (stage.folder / source).rename(stage.folder / target)
+        facts.update(
+            iteration=stage.iteration,
+            stage=stage.name,
+            commands=stage.commands,
+            inputs={name: run.fingerprint(Path(path)) for name, path in stage.inputs.items()},
+            wall_s=time.monotonic() - begun,
+            body_s=sum(usage.wall_s for usage in used),
+            cpu_s=sum(usage.cpu_s for usage in used),
+            peak_memory_mb=max(usage.peak_mb for usage in used),
+            exit=0,
+        )
+        if stage.name == "generate":
+            facts["labels"] = check_labels(stage)
+        if stage.name == "distill":
+            shutil.rmtree(stage.folder / "prepared", ignore_errors=True)
+            facts["summary"] = next((line for line in last_words(log, count=400) if "rows kept" in line), None)
+        if stage.name == "evaluate":
+            facts["rows"] = [
+                row
+                for who in ("instruct", "thinking")
+                for row in scores.read(stage.folder / who, stage.iteration, who, stage.inputs[who])
+            ]
+
+
+def check_labels(stage: Stage) -> dict[str, int]:
+    """How many of the labels have an answer to learn from.
+
+    Raises:
+        LoopError: if the thinking checkpoint closed no trace at all.
+    """
+    closed, total = scores.closed_share(stage.folder / "samples", stage.recipes["recipe.yml"]["tasks"])
+    if not closed:
+        raise LoopError(
+            f"the thinking checkpoint {stage.inputs['thinking']} closed 0 of {total} traces (0 %): there is nothing to "
+            f"distill\nraise max_gen_toks in the generate recipe, lower --t, or see {stage.folder / 'samples'}"
+        )
+    return {"closed": closed, "total": total}
+
+
+def run(
+    config: LoopConfig,
+    recipes: dict[str, Recipe],
+    folder: RunDir,
+    view: report.View,
+    make_tools: Callable[[Path], Tools] = Tools,
+) -> list[scores.Row]:
+    """Run, or continue, the whole loop; returns the rows of `results.json`.
+
+    Raises:
+        LoopError: with what went wrong; what was finished stays finished.
+    """
+    begun = time.monotonic()
+    config = check(config, folder)
+    continued = folder.open(asked(config, recipes))
+    todo = list(plan(config, recipes, folder))
+    pending = [stage for stage in todo if not folder.finished(stage.folder)]
+    view.begin(folder.root, config.iterations, len(todo), len(todo) - len(pending), continued)
+    if pending:
+        folder.note(versions=versions(), command=sys.argv)
+        with make_tools(folder.logs / "preload.log") as tools:
+            view.preloading()
+            tools.wait()
+            log = folder.logs / "tasks.log"
+            log.unlink(missing_ok=True)
+            include = str(config.include_path) if config.include_path else None
+            names = config.tasks + ([] if config.prompts_file else config.prompts)
+            try:
+                tools.call(checks.check_tasks, names, include, log=log)
+            except ToolError:
+                raise LoopError(" ".join(last_words(log))) from None
+            for stage in todo:
+                if folder.finished(stage.folder):
+                    continue
+                perform(stage, folder, tools, view)
+                view.finished(stage, folder.finished(stage.folder) or {})
+                publish(config, folder, todo)
+            folder.note(preload_s=tools.preload_s)
+    folder.note(wall_s=(read_wall(folder) + time.monotonic() - begun))
+    rows = publish(config, folder, todo)
+    view.end(rows, [folder.finished(stage.folder) or {} for stage in todo], folder)
+    return rows
+
+
+def read_wall(folder: RunDir) -> float:
+    """Wall seconds of earlier sittings of this run."""
+    return float(folder.noted().get("wall_s", 0.0))
+
+
+def publish(config: LoopConfig, folder: RunDir, todo: list[Stage]) -> list[scores.Row]:
+    """Write `results.json` and `report.html` from the stages that are done."""
+    done = [facts for stage in todo if (facts := folder.finished(stage.folder))]
+    rows: list[scores.Row] = [row for facts in done for row in facts.get("rows", [])]
+    wall = read_wall(folder) or sum(facts["wall_s"] for facts in done)
+    cost = None if config.usd_per_hour is None else round(wall / 3600 * config.usd_per_hour, 4)
+    results = {"rows": rows, "wall_s": round(wall, 3), "cost_usd": cost}
+    write_json(folder.results, results)
+    folder.report.write_text(report.page(folder.root.name, rows, done, results, folder.noted()), encoding="utf-8")
+    return rows
