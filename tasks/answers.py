@@ -44,11 +44,11 @@ def count_traces(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, in
         results: As for `grade_integer`.
 
     Returns:
-        `closed_trace` (there was a trace and it closed) and `truncated` (there was one and it did not), each 0 or 1.
+        `closed_trace` (a trace that closed, then an answer) and `truncated` (a trace that never closed), each 0 or 1;
+        both 0 where there was no trace, and where nothing but white space was left for the answer.
     """
-    trace = _trace(doc, results)
-    truncated = trace.status == "unclosed"
-    return {"closed_trace": int(trace.reasoning is not None and not truncated), "truncated": int(truncated)}
+    status = _trace(doc, results).status
+    return {"closed_trace": int(status == "closed"), "truncated": int(status == "unclosed")}
 
 
 def _grade(
@@ -66,9 +66,13 @@ def _trace(doc: Mapping[str, Any], results: Sequence[str]) -> Any:
 # --- markup ---
 
 _BOX = re.compile(r"\\?\b(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s*(?=[^\s{])")
+_BARE = re.compile(r"[^\s$]*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_WRAPPER = re.compile(r"\\(?:text|math|bold|mbox|underline)[a-z]*\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\(?:[,;:! \\()\[\]]|(?:q?quad|displaystyle|left|right)(?![a-z]))|[~\u00a0\u2000-\u200b\u202f]")
+_WRAPPER = re.compile(r"(?:\\(?:text|math|bold|mbox|underline)[a-z]*\s*|(?<![\w}^_\\]))\{([^{}]*)\}")
+_SPACING = re.compile(
+    r"\\(?:[,;:! \\()\[\]]|(?:q?quad|left|right|displaystyle|[lL]arge|[hH]uge|bf)(?![a-z]))"
+    r"|[~\u00a0\u2000-\u200b\u202f]"
+)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\\[,!]|\{,\}|,\\!)\d{3})+(?![\d,])")
 _DROPPED = re.compile(r"\*\*|__|`|\\?\$|\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:circ|degree)(?![a-z])|°|\\?%")
 _DASHES = str.maketrans("−–‐‑", "----")
@@ -82,7 +86,7 @@ def _last_box(text: str) -> str | None:
             if end is None:
                 return ""
         else:
-            end = re.compile(r"[^\s$]*").match(text, box.end()).end()
+            end = _BARE.match(text, box.end()).end()
         if text[box.end() : end].strip():
             return text[box.end() : end]
     return None
@@ -112,7 +116,7 @@ def _plain(text: str) -> str:
 # A minus sign touches its digits and no operand before it: "-277" and "is -277", but not "1-277" or the bullet "- 277".
 # A digit in a power, an index, a fraction or a LaTeX group is part of something else than a stated number; "not 277"
 # states none.
-_NUMBER = r"(?<!\bnot )(?:(?<![\w)\]}])-|(?<![\w.^/_{]))\d+(?:\.\d+)?(?!\w|\.\d|\s*\^|\s*/\s*\d)"
+_NUMBER = r"(?<!\bnot )(?:(?<![\w)\]}])[-+]|(?<![\w.^/_{]))\d+(?:\.\d+)?(?!\w|\.\d|\s*\^|\s*/\s*\d)"
 _NUMBERS = re.compile(_NUMBER)
 _LEADING = re.compile(rf"[\s(\[\"'“]*({_NUMBER})(?!\s*(?:[-+*/×·]\s*[\w(\\]|[=<>≡≈]|\\[a-z]))")
 _MODULUS = re.compile(r"\(?\s*\\?\b[pb]?mod(?:ulo)?\s*\{?\s*\d+\s*\}?\s*\)?|\bdivided by\s+\d+", re.IGNORECASE)
@@ -197,10 +201,13 @@ _AFTER_DECISION = (
     "according|although|and|as|at|based|because|but|due|for|from|given|however|i|if|in|is|it|not|on|since|that|the|there"
     "|therefore|these|they|this|though|to|was|we|when|while|with"
 )
-_DECISION = rf"(?<![\w/'’-])(yes|(?:no|maybe)(?![^\S\n]+(?!(?:{_AFTER_DECISION})\b)[a-z]))(?![\w/'’-])"
+_DECISION = rf"(?<![\w/-])(yes|(?:no|maybe)(?![^\S\n]+(?!(?:{_AFTER_DECISION})\b)[a-z]))(?![\w/-]|['’]\w)"
 _OPTION = r"[\"'“]?\b(?:yes|no|maybe)\b[\"'”]?"
-_OPTIONS = re.compile(rf"{_OPTION}(?:, ?{_OPTION})*(?:,? ?(?:[/|]|\bor\b|\band\b) ?{_OPTION})+")
-_HEDGE = r"(?:(?:a|an|clearly|definitely|indeed|just|likely|most|probably|simply|simple|still|then|therefore|thus)\s+)*"
+_OPTIONS = re.compile(rf"{_OPTION}(?:, ?{_OPTION}){{0,2}}(?:,? ?(?:[/|]|\bor\b|\band\b) ?{_OPTION}){{1,2}}")
+_HEDGE = (
+    r"(?:(?:a|an|clear|clearly|definite|definitely|indeed|just|likely|most|probably|qualified|simple|simply|still|tentative"
+    r"|then|therefore|thus)\s+)*"
+)
 _DECIDED = [
     re.compile(pattern, re.MULTILINE)
     for pattern in (
