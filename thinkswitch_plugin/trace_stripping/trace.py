@@ -29,6 +29,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 Status = Literal["closed", "no_trace", "unclosed", "empty_answer"]
@@ -71,36 +72,37 @@ def split_trace(text: str, opened: bool = False, tags: TagPairs = DEFAULT_TAGS) 
     tag_set = _compile(_checked(tags))
     parts = tag_set.pattern.split(text)
     texts, found = parts[0::2], parts[1::2]
-    # A text may repeat one tag a million times: each spelling is read once.
+    # A text may repeat one tag a million times: each spelling is read once, and a run of them is one step.
     meanings = {tag: tag_set.read(tag) for tag in set(found)}
 
     repeats_template = opened and bool(found) and meanings[found[0]].kind == "open" and not texts[0].strip()
-    opened_before = opened and not repeats_template
+    template_open = opened and not repeats_template
     depths = [0] * tag_set.pairs
-    depth = 0
     outside: list[int] = []
-    for index, tag in enumerate(found):
-        if not depth and not opened_before:
+    index = 0
+    for tag, run in groupby(found):
+        if not template_open and not any(depths):
             outside.append(index)
+        times = len(list(run))
+        index += times
         pair, kind = meanings[tag]
         if kind == "open":
-            depths[pair] += 1
-            depth += 1
-        elif kind == "close" and depths[pair]:
-            depths[pair] -= 1
-            depth -= 1
+            depths[pair] += times
         elif kind == "close":
-            outside.clear()
-            opened_before = False
+            if times > depths[pair]:
+                outside.clear()
+                template_open = False
+            depths[pair] = max(0, depths[pair] - times)
         elif not depths[pair]:
             outside.clear()
-            opened_before = True
-    if not depth and not opened_before:
-        outside.append(len(found))
+            template_open = True
+    unclosed = template_open or any(depths)
+    if not unclosed:
+        outside.append(index)
 
     answer = "".join(texts[index] for index in outside).strip()
     reasoning = _join_reasoning(texts, outside) if found or opened else None
-    if depth or opened_before or tag_set.pattern.search(answer):
+    if unclosed or tag_set.pattern.search(answer):
         return Trace(reasoning, None, "unclosed")
     if not answer:
         return Trace(reasoning, None, "empty_answer")
@@ -193,5 +195,7 @@ def _spelling(tag: str) -> re.Pattern[str]:
 
 
 def _join_reasoning(texts: list[str], outside: list[int]) -> str:
-    kept = set(outside)
-    return "\n".join(text.strip() for index, text in enumerate(texts) if index not in kept and text.strip())
+    inside = list(texts)
+    for index in outside:
+        inside[index] = ""
+    return "\n".join(filter(None, map(str.strip, inside)))
