@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,7 +137,6 @@ def _with_template_args(tokenizer: Any, metadata: dict[str, Any]) -> Any:
     )
 
 
-@lru_cache
 def _tokenizer(source: str, **loading: Any) -> Any:
     from transformers import AutoTokenizer
 
