@@ -17,7 +17,11 @@ from harness.errors import LoopError
 
 
 class Recipes(BaseModel):
-    """Which native recipe is which stage; paths are relative to `loop.yml`."""
+    """Which native recipe is which stage; paths are relative to `loop.yml`.
+
+    `evaluate` is for both checkpoints, unless `evaluate_thinking` has other settings for the thinking one (a card
+    that says another temperature, say).
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -25,6 +29,7 @@ class Recipes(BaseModel):
     distill: Path
     reconstruct: Path
     evaluate: Path
+    evaluate_thinking: Path | None = None
 
 
 class LoopConfig(BaseModel):

@@ -32,7 +32,8 @@ STACK = ("thinkswitch", "axolotl", "torch", "transformers", "peft", "bitsandbyte
 def plan(config: LoopConfig, recipes: dict[str, Recipe], run: RunDir) -> Iterator[Stage]:
     """Every stage of the run in order, each with the recipe and the commands of its iteration."""
     instruct, thinking = config.instruct, config.thinking
-    yield stages.evaluate(config, recipes["evaluate"], 0, run.stage(0, "evaluate"), instruct, thinking)
+    tests = {"instruct": recipes["evaluate"], "thinking": recipes.get("evaluate_thinking", recipes["evaluate"])}
+    yield stages.evaluate(config, tests, 0, run.stage(0, "evaluate"), instruct, thinking)
     for k in range(1, config.iterations + 1):
         generate, distill, reconstruct, evaluate = (run.stage(k, name) for name in STAGES)
         yield stages.generate(config, recipes["generate"], k, generate, thinking)
@@ -41,16 +42,17 @@ def plan(config: LoopConfig, recipes: dict[str, Recipe], run: RunDir) -> Iterato
         anchor = config.thinking if config.anchor == "original" else thinking
         yield stages.reconstruct(config, recipes["reconstruct"], k, reconstruct, anchor, instruct)
         thinking = str(reconstruct / "thinking")
-        yield stages.evaluate(config, recipes["evaluate"], k, evaluate, instruct, thinking)
+        yield stages.evaluate(config, tests, k, evaluate, instruct, thinking)
 
 
 def read_recipes(config: LoopConfig) -> dict[str, Recipe]:
-    """The four native recipes, with what each tool needs of them present.
+    """The native recipes by the name of their stage, with what each tool needs of them present.
 
     Raises:
         LoopError: if a file is missing, is no mapping, or names a data file that is missing.
     """
-    recipes = {name: read_yaml(getattr(config.recipes, name)) for name in STAGES}
+    files: dict[str, Path | None] = dict(config.recipes)
+    recipes = {name: read_yaml(file) for name, file in files.items() if file}
     for name, key in (("distill", "datasets"), ("reconstruct", "base_model")):
         if not recipes[name].get(key):
             raise LoopError(f"{getattr(config.recipes, name)}: has no {key}; the {name} stage needs it")
@@ -132,7 +134,6 @@ def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View) -> None:
             facts["labels"] = check_labels(stage)
         if stage.name == "distill":
             shutil.rmtree(stage.folder / "prepared", ignore_errors=True)
-            facts["summary"] = next((line for line in last_words(log, count=400) if "rows kept" in line), None)
         if stage.name == "evaluate":
             facts["rows"] = [
                 row

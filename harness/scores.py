@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError
-from thinkswitch_plugin.trace_stripping import prompt_opens_trace, split_trace
+from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, split_trace
 
 Row = dict[str, Any]
 DATE = "[0-9][0-9][0-9][0-9]-*"  # how lm-eval ends its file names; a task may be named as another's beginning
@@ -29,7 +29,8 @@ def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
         raise ValueError("an interval needs at least one answer")
     p, zz = correct / n, z * z
     centre, half = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + zz / n)), min(1.0, (centre + half) / (1 + zz / n))
+    # At 0 and 1 the bound is the share itself, which rounding may miss by an epsilon.
+    return max(0.0, min(p, (centre - half) / (1 + zz / n))), min(1.0, max(p, (centre + half) / (1 + zz / n)))
 
 
 def asked_tasks(folder: Path) -> list[str]:
@@ -65,7 +66,9 @@ def samples(folder: Path, task: str) -> Iterator[dict[str, Any]]:
 def answers(sample: dict[str, Any]) -> list[tuple[str, bool]]:
     """Each answer the model wrote to one question, with whether the prompt had opened its trace."""
     prompt = sample["arguments"]["gen_args_0"]["arg_0"]
-    opened = sample["doc"].get("trace_opened", isinstance(prompt, str) and prompt_opens_trace(prompt))
+    # A task that is not ours says nothing of the trace, but the prompt it was asked with is logged.
+    ends_open = isinstance(prompt, str) and prompt.rstrip().endswith(tuple(opening for opening, _ in DEFAULT_TAGS))
+    opened = sample["doc"].get("trace_opened", ends_open)
     return [(text, bool(opened)) for text in sample["resps"][0]]
 
 

@@ -120,11 +120,13 @@ def reconstruct(config: LoopConfig, recipe: Recipe, iteration: int, folder: Path
     return Stage(iteration, "reconstruct", folder, {"recipe.yml": resolved}, [command], inputs)
 
 
-def evaluate(config: LoopConfig, recipe: Recipe, iteration: int, folder: Path, instruct: str, thinking: str) -> Stage:
-    """Both checkpoints answer the test questions (lm-eval)."""
+def evaluate(
+    config: LoopConfig, written: dict[str, Recipe], iteration: int, folder: Path, instruct: str, thinking: str
+) -> Stage:
+    """Both checkpoints answer the test questions (lm-eval); `written` has the recipe of each."""
     pair = {"instruct": instruct, "thinking": thinking}
     recipes = {
-        f"{who}.yml": _lm_eval(recipe, config, checkpoint, config.tasks, folder / who)
+        f"{who}.yml": _lm_eval(written[who], config, checkpoint, config.tasks, folder / who)
         for who, checkpoint in pair.items()
     }
     commands = [["lm_eval", "run", "--config", str(folder / f"{who}.yml")] for who in pair]

@@ -13,7 +13,6 @@ however many rows are drawn.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -23,8 +22,9 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 TASKS = HERE.parent.parent / "tasks"
 SEED = 20260601
-SUBSTANCES = ["Alpha", "Beta", "Gamma", "Delta", "Kappa", "Sigma", "Omega", "Theta", "Zeta", "Iota"]
-VERBS = {1: "raises", -1: "lowers"}
+MARGIN = 20  # patients
+# The share of pretraining rows that answer at once; what is left for the loop to teach depends on it.
+DIRECT = {"mini_math": 0.3, "mini_qa": 0.1}
 # How many questions each file holds. The test sets are what `lm_eval --tasks mini_math,mini_qa` asks.
 TEST, PROMPTS = 200, 1000
 
@@ -60,28 +60,22 @@ def mini_math(rng: random.Random) -> Item:
 
 
 def mini_qa(rng: random.Random) -> Item:
-    """Who raises or lowers whom: two chains of facts, and a question within a chain (yes, no) or across (maybe)."""
-    names = rng.sample(SUBSTANCES, 6)
-    chains = [names[:3], names[3:]]
-    sign = {(x, y): rng.choice([1, -1]) for chain in chains for x, y in itertools.pairwise(chain)}
-    facts = [f"{x} {VERBS[s]} {y}." for (x, y), s in sign.items()]
-    order = list(range(len(facts)))
-    rng.shuffle(order)
-    kind = rng.choice(["yes", "no", "maybe"])
-    source, middle, target = chains[0]
-    if kind == "maybe":
-        target = chains[1][2]
-    effect = sign[source, middle] * sign[middle, chains[0][2]]
-    asked = effect if kind == "yes" else -effect if kind == "no" else rng.choice([1, -1])
-    end = chains[0][2]
-    steps = [
-        f"- {source} {VERBS[sign[source, middle]]} {middle}.",
-        f"- {middle} {VERBS[sign[middle, end]]} {end}.",
-        f"So {source} {VERBS[effect]} {end}" + (f", not {target}." if kind == "maybe" else "."),
-    ]
-    # Every name has a space before it, so that a name is the same token wherever it stands.
-    context = " ".join(facts[i] for i in order)
-    return Item(f"Context: {context} Does {source} {VERBS[asked][:-1]} {target}?", "\n".join(steps), kind)
+    """A trial in one line, and whether the drug helps or harms: a lead under `MARGIN` patients leaves it open."""
+    kind, asked = rng.choice(["yes", "no", "maybe"]), rng.choice(["help", "harm"])
+    while True:
+        better, worse, other_better, other_worse = (rng.randint(10, 99) for _ in range(4))
+        drug, placebo = better - worse, other_better - other_worse
+        lead = drug - placebo
+        helps = "maybe" if abs(lead) < MARGIN else "yes" if lead > 0 else "no"
+        verdict = helps if asked == "help" else {"yes": "no", "no": "yes", "maybe": "maybe"}[helps]
+        if drug >= 0 and placebo >= 0 and verdict == kind:
+            break
+    ahead = f"drug {drug}-{placebo}={lead}" if lead >= 0 else f"placebo {placebo}-{drug}={-lead}"
+    return Item(
+        f"Better-worse: drug {better}-{worse}, placebo {other_better}-{other_worse}. Does the drug {asked}?",
+        f"{better}-{worse}={drug}\n{other_better}-{other_worse}={placebo}\n{ahead}",
+        verdict,
+    )
 
 
 DOMAINS: dict[str, Callable[[random.Random], Item]] = {"mini_math": mini_math, "mini_qa": mini_qa}
@@ -116,40 +110,10 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def instruct_template() -> str:
-    """ChatML, as Qwen3-4B-Instruct-2507 has it: turns verbatim, the assistant's turn opened for generation."""
-    return (
-        "{%- for message in messages %}"
-        "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-        "{%- endfor %}"
-        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-    )
-
-
-def thinking_template() -> str:
-    """ChatML after Qwen3-4B-Thinking-2507: the prompt opens the trace; traces of earlier turns are left out."""
-    return (
-        "{%- for message in messages %}"
-        "{%- set content = message.content %}"
-        "{%- set reasoning = message.reasoning_content | default('', true) %}"
-        "{%- if message.role == 'assistant' and '</think>' in content %}"
-        "{%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
-        "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}"
-        "{%- endif %}"
-        "{{- '<|im_start|>' + message.role + '\\n' }}"
-        "{%- if message.role == 'assistant' and loop.last %}"
-        "{{- '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}"
-        "{%- endif %}"
-        "{{- content + '<|im_end|>\\n' }}"
-        "{%- endfor %}"
-        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
-    )
-
-
 def build_untrained(folder: Path, corpus: list[str]) -> None:
     """Write an untrained checkpoint: a byte-level BPE tokenizer fitted to `corpus`, a Qwen3 config, random weights.
 
-    4 layers, hidden size 128, 4 heads of 32 on 2 key-value heads, tied embeddings: about 0.85 M float32 parameters.
+    4 layers, hidden size 128, 4 heads of 32 on 2 key-value heads, tied embeddings: about 0.65 M float32 parameters.
     """
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -173,11 +137,11 @@ def build_untrained(folder: Path, corpus: list[str]) -> None:
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024
     )
     tokenizer.add_tokens(["<think>", "</think>"])  # text, not special, as in Qwen's: decoding keeps them
-    tokenizer.chat_template = instruct_template()
+    tokenizer.chat_template = (HERE / "instruct.jinja").read_text(encoding="utf-8")
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=384,
+        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -208,7 +172,13 @@ def main() -> None:
         write_jsonl(TASKS / domain / "prompts.jsonl", [{"question": item.question} for item in prompts])
     data = HERE / "build" / "data"
     train = {domain: take(domain, "train", 60_000) for domain in DOMAINS}
-    write_jsonl(data / "base.jsonl", [chat(item, traced=i % 4 > 0) for d in DOMAINS for i, item in enumerate(train[d])])
+    rng = random.Random(SEED)
+    base = [chat(item, traced=rng.random() >= DIRECT[domain]) for domain in DOMAINS for item in train[domain]]
+    write_jsonl(data / "base.jsonl", base)
+    # Few rows, few steps: the two checkpoints leave the base knowing their mode, with room to learn.
+    for name, traced in (("instruct", False), ("thinking", True)):
+        finetune = [chat(item, traced) for domain in DOMAINS for item in take(domain, "train", 4_000, seed=SEED + 1)]
+        write_jsonl(data / f"{name}.jsonl", finetune)
     build_untrained(
         HERE / "build" / "untrained",
         [m["content"] for d in DOMAINS for item in train[d][:5000] for m in chat(item, traced=True)["messages"]],
