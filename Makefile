@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 # An editable install copies tasks/ and recipes/ into the environment: a change there installs again.
 SOURCES := pyproject.toml constraints.txt $(shell find tasks recipes -type f -not -path 'recipes/mini/build/*' -not -name '*.pyc')
 
+CHECKPOINT := config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja model.safetensors
+
 .PHONY: loop test test-all lint mini clean
 
 loop: $(VENV)/installed
@@ -24,8 +26,17 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The checkpoints are what the native recipes leave; only what a checkpoint needs is kept.
 mini: $(VENV)/installed
-	$(BIN)/python recipes/mini/make_pair.py
+	$(BIN)/python recipes/mini/world.py
+	for step in base instruct thinking; do \
+		AXOLOTL_DO_NOT_TRACK=1 $(BIN)/axolotl train recipes/mini/$$step.yml --launcher python || exit 1; \
+	done
+	for who in instruct thinking; do \
+		mkdir -p recipes/mini/$$who && for file in $(CHECKPOINT); do \
+			cp recipes/mini/build/$$who/$$file recipes/mini/$$who/ || exit 1; \
+		done; \
+	done
 
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -148,7 +148,7 @@ def check_disk(root: Path, checkpoint: Path, iterations: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise LoopError(
-            f"no disk space: {iterations} iterations need {needed / 1e9:.1f} GB below {place}; {free / 1e9:.1f} are free"
+            f"no disk space: {iterations} iterations need {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB"
             "\nfree some, choose another disk with --out, or fewer iterations with --iters"
         )
 

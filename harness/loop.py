@@ -24,8 +24,10 @@ from harness.errors import LoopError
 from harness.rundir import RunDir, digest, write_json
 from harness.stages import Recipe, Stage
 from harness.tools import ToolError, Tools, last_words
+from thinkswitch_plugin.trace_stripping.report import PREFIX
 
 STAGES = ("generate", "distill", "reconstruct", "evaluate")
+STRIPPED = f"] {PREFIX}: "  # how the plugin's closing line looks in Axolotl's log
 STACK = ("thinkswitch", "axolotl", "torch", "transformers", "peft", "bitsandbytes", "mergekit", "lm_eval", "datasets")
 
 
@@ -134,6 +136,8 @@ def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View) -> None:
             facts["labels"] = check_labels(stage)
         if stage.name == "distill":
             shutil.rmtree(stage.folder / "prepared", ignore_errors=True)
+            said = last_words(log, count=1000)
+            facts["stripped"] = [line.partition(STRIPPED)[2] for line in said if STRIPPED in line]
         if stage.name == "evaluate":
             facts["rows"] = [
                 row

@@ -25,6 +25,7 @@ WHAT = {
     "reconstruct": "thinking is rebuilt",
     "evaluate": "both are tested",
 }
+PLAIN_WIDTH = 110  # of a log or a pipe, where Rich would cut cells to fit 80 columns
 COLOURS = {"instruct": "#2563eb", "thinking": "#d97706"}
 
 
@@ -34,6 +35,8 @@ class View:
     def __init__(self, console: Console | None = None):
         """`console` defaults to standard output."""
         self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, PLAIN_WIDTH)
         self.live: Live | None = None
         self.bar = Progress(
             SpinnerColumn(),
@@ -65,7 +68,7 @@ class View:
         """A stage runs its next command."""
         part = f" ({number + 1}/{len(stage.commands)})" if len(stage.commands) > 1 else ""
         where = f"iteration {stage.iteration}/{self.iterations}  {stage.name}{part}"
-        self._task(f"{where}: {WHAT[stage.name]}  [dim]{' '.join(command[:2])}[/dim]")
+        self._task(f"{where}: {WHAT[stage.name]}  [dim]{command[0]}[/dim]")
 
     def progress(self, done: int, total: int) -> None:
         """The running command's own progress bar moved."""
@@ -122,6 +125,8 @@ def _note(facts: dict[str, Any]) -> str:
     if facts["stage"] == "generate":
         labels = facts["labels"]
         return f"{labels['closed']} of {labels['total']} answers closed their trace"
+    if facts["stage"] == "distill":
+        return "; ".join(line.split(": ", 1)[-1] for line in facts["stripped"])
     if facts["stage"] == "evaluate":
         return "  ".join(f"{r['checkpoint']} {r['task']} {r['accuracy']:.1%}" for r in facts["rows"])
     return ""

@@ -24,7 +24,7 @@ TASKS = HERE.parent.parent / "tasks"
 SEED = 20260601
 MARGIN = 20  # patients
 # The share of pretraining rows that answer at once; what is left for the loop to teach depends on it.
-DIRECT = {"mini_math": 0.3, "mini_qa": 0.1}
+DIRECT = {"mini_math": 0.6, "mini_qa": 0.1}
 # How many questions each file holds. The test sets are what `lm_eval --tasks mini_math,mini_qa` asks.
 TEST, PROMPTS = 200, 1000
 
@@ -44,9 +44,9 @@ def split_of(question: str) -> str:
 
 
 def mini_math(rng: random.Random) -> Item:
-    """`a ± b ± c` over two-digit numbers; the trace takes one operation at a time."""
+    """`a ± b ± c` over numbers from 10 to 40; the trace takes one operation at a time."""
     while True:
-        a, b, c = (rng.randint(10, 99) for _ in range(3))
+        a, b, c = (rng.randint(10, 40) for _ in range(3))
         s, t = rng.choice([(1, 1), (1, -1), (-1, 1)])
         first, total = a + s * b, a + s * b + t * c
         if first >= 0 and total >= 0:
@@ -171,7 +171,7 @@ def main() -> None:
         write_jsonl(TASKS / domain / "test.jsonl", rows)
         write_jsonl(TASKS / domain / "prompts.jsonl", [{"question": item.question} for item in prompts])
     data = HERE / "build" / "data"
-    train = {domain: take(domain, "train", 60_000) for domain in DOMAINS}
+    train = {domain: take(domain, "train", 40_000) for domain in DOMAINS}
     rng = random.Random(SEED)
     base = [chat(item, traced=rng.random() >= DIRECT[domain]) for domain in DOMAINS for item in train[domain]]
     write_jsonl(data / "base.jsonl", base)

@@ -67,7 +67,7 @@ def test_weights_of_another_shape_under_the_same_config(pair: tuple[Path, Path])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"])
 def test_a_checkpoint_with_a_file_missing(pair: tuple[Path, Path], file: str) -> None:
     (pair[0] / file).unlink()
-    with pytest.raises(LoopError, match="^--instruct ") as caught:
+    with pytest.raises(LoopError, match=r"^--instruct ") as caught:
         checks.check_checkpoint(pair[0], "instruct")
     assert str(pair[0]) in str(caught.value)
 
@@ -86,7 +86,7 @@ def test_no_such_checkpoint(name: str) -> None:
 
 
 def test_a_hub_that_does_not_answer() -> None:
-    with pytest.raises(LoopError, match="the hub did not give it") as caught:
+    with pytest.raises(LoopError, match=r"the hub did not give it") as caught:
         checks.local_checkpoint("no-such-owner/no-such-model", "instruct")
     assert len(str(caught.value).splitlines()) == 2
 

@@ -58,7 +58,7 @@ def test_a_hub_id_stays_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("t", [-0.01, 1.01, float("nan")])
 def test_t_outside_its_range(tmp_path: Path, t: float) -> None:
-    with pytest.raises(LoopError, match="^--t"):
+    with pytest.raises(LoopError, match=r"^--t"):
         load(written(tmp_path), {"t": t})
 
 
