@@ -87,40 +87,49 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def recipe_for(base_model: Path, rows: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    """The recipe of the plugin's README, small enough for a test."""
-    return {
-        "base_model": str(base_model),
-        "plugins": ["thinkswitch_plugin.trace_stripping.TraceStrippingPlugin"],
-        "datasets": [{"path": str(rows), "type": "thinkswitch_plugin.trace_stripping"}],
-        "dataset_prepared_path": str(folder / "prepared"),
-        "dataset_num_proc": 1,
-        "output_dir": str(folder / "out"),
-        "sequence_len": 512,
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        "optimizer": "adamw_torch",
-        "save_strategy": "no",
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "sdp_attention": True,
-        **changes,
-    }
+@pytest.fixture
+def recipe(checkpoint: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The recipe of the plugin's README on the tiny checkpoint, small enough for a test."""
+
+    def recipe(rows: Path, **changes: Any) -> dict[str, Any]:
+        return {
+            "base_model": str(checkpoint),
+            "plugins": ["thinkswitch_plugin.trace_stripping.TraceStrippingPlugin"],
+            "datasets": [{"path": str(rows), "type": "thinkswitch_plugin.trace_stripping"}],
+            "dataset_prepared_path": str(tmp_path / "prepared"),
+            "dataset_num_proc": 1,
+            "output_dir": str(tmp_path / "out"),
+            "sequence_len": 512,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 1,
+            "learning_rate": 1e-3,
+            "optimizer": "adamw_torch",
+            "save_strategy": "no",
+            "bf16": False,
+            "fp16": False,
+            "tf32": False,
+            "sdp_attention": True,
+            **changes,
+        }
+
+    return recipe
 
 
-def axolotl(command: str, recipe: dict[str, Any], folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run Axolotl's own command line on a recipe."""
-    path = folder / "recipe.yml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "axolotl.cli.main", command, str(path), *options],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture
+def axolotl(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Axolotl's own command line, on a recipe."""
+
+    def run(command: str, recipe: dict[str, Any], *options: str) -> subprocess.CompletedProcess[str]:
+        path = tmp_path / "recipe.yml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return subprocess.run(
+            [sys.executable, "-m", "axolotl.cli.main", command, str(path), *options],
+            cwd=tmp_path,
+            env={**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

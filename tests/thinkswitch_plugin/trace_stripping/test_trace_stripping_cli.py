@@ -1,0 +1,67 @@
+"""The recipe through Axolotl's own commands: the log line, the prepared set, and what training makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ASK = {"role": "user", "content": "What is 12 + 30?"}
+ROWS = [
+    {"doc": {"messages": [ASK], "trace_opened": True, "answer": 42}, "target": "42", "resps": [[text]]}
+    for text in ("I add.</think>\n\nIt is 42.", "I add and add", "<think>So</think>42", "Hm.</think>")
+]
+LINE = "trace stripping: {path}: kept 2 of 4 rows, dropped 2 (empty_answer 1, unclosed 1); removed "
+
+
+def shown(log: str, path: Path) -> list[str]:
+    return [line for line in log.splitlines() if LINE.format(path=path) in line]
+
+
+def prepared(folder: Path, tokenizer: Any) -> set[str]:
+    from datasets import load_from_disk
+
+    (path,) = folder.glob("prepared/*/dataset_info.json")
+    labels = load_from_disk(str(path.parent))["labels"]
+    return {tokenizer.decode([label for label in row if label != -100]) for row in labels}
+
+
+def test_preprocess(recipe: Any, axolotl: Any, write_rows: Any, tokenizer: Any, tmp_path: Path) -> None:
+    path = write_rows(ROWS)
+    run = axolotl("preprocess", recipe(path))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert len(shown(run.stdout + run.stderr, path)) == 1
+    assert prepared(tmp_path, tokenizer) == {"It is 42.<|im_end|>", "42<|im_end|>"}
+
+
+@pytest.mark.slow
+def test_preprocess_then_train(recipe: Any, axolotl: Any, write_rows: Any, tmp_path: Path) -> None:
+    path = write_rows(ROWS)
+    for command in (["preprocess"], ["train", "--launcher", "python"]):
+        run = axolotl(command[0], recipe(path), *command[1:])
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert len(shown(run.stdout + run.stderr, path)) == 1
+    assert "Loading prepared dataset from disk" in run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_too_many_dropped_stops_training_with_one_line(recipe: Any, axolotl: Any, write_rows: Any) -> None:
+    path = write_rows(ROWS)
+    run = axolotl("train", recipe(path, trace_stripping={"max_dropped_fraction": 0.4}), "--launcher", "python")
+    assert run.returncode != 0
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("ValueError: trace stripping")]
+    assert f"{path}: kept 2 of 4 rows, dropped 2 (empty_answer 1, unclosed 1), over max_dropped_fraction 0.4" in line
+
+
+@pytest.mark.slow
+def test_a_changed_file_is_trained_on_without_being_asked_to(
+    recipe: Any, axolotl: Any, write_rows: Any, tmp_path: Path
+) -> None:
+    for rows in (ROWS, json.loads(json.dumps(ROWS).replace("It is 42", "It is 43"))):
+        path = write_rows(rows)
+        run = axolotl("train", recipe(path), "--launcher", "python")
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert len(shown(run.stdout + run.stderr, path)) == 1
+    assert len(list(tmp_path.glob("prepared/*/dataset_info.json"))) == 2

@@ -1,0 +1,66 @@
+"""What a recipe may say under `trace_stripping:`, and nothing else.
+
+Knows: keys, defaults and their limits. Leaves to others: what the keys do (`trace`, `report`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS, split_trace
+
+
+class TraceStrippingConfig(BaseModel):
+    """The `trace_stripping:` block of a recipe; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tags: list[tuple[str, str]] = Field(
+        default=list(DEFAULT_TAGS),
+        json_schema_extra={"description": "Pairs of opening and closing tag, as they are written in the answers."},
+    )
+    max_dropped_fraction: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        json_schema_extra={"description": "Stop with an error if a larger share of a dataset's rows has no answer."},
+    )
+
+    @field_validator("tags")
+    @classmethod
+    def _tags_are_pairs(cls, tags: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        split_trace("", tags=tags)
+        return tags
+
+
+class TraceStrippingArgs(BaseModel):
+    """What the plugin adds to Axolotl's own config model."""
+
+    trace_stripping: TraceStrippingConfig | None = Field(
+        default_factory=TraceStrippingConfig,
+        json_schema_extra={"description": "How reasoning traces are taken out of the training answers."},
+    )
+
+
+def read_block(block: Mapping[str, Any] | None) -> TraceStrippingConfig:
+    """Read a recipe's `trace_stripping:` block.
+
+    Args:
+        block: the block as YAML gave it, None where the recipe has none.
+
+    Returns:
+        The checked block, with defaults for what it leaves out.
+
+    Raises:
+        ValueError: one line that names every key that is wrong, and why.
+    """
+    try:
+        return TraceStrippingConfig.model_validate({} if block is None else block)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, ('trace_stripping', *fault['loc'])))}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ValueError(f"{faults} (keys: {', '.join(TraceStrippingConfig.model_fields)})") from None

@@ -1,0 +1,72 @@
+"""The Axolotl plugin: checks the recipe, keeps the cache honest, shows the counts when training starts.
+
+Knows: Axolotl's hooks. Leaves to others: stripping itself, which is the dataset type (`strategy`).
+
+Axolotl keeps prepared datasets under a hash of the recipe's dataset entries, by name: neither a file's content nor the
+`trace_stripping:` block is part of it, so a changed one would silently train on the old set. `register` therefore
+writes a fingerprint of both into the entry's `input_transform`, a key that is in that hash and that only Axolotl's
+`messages` type reads. Same content, same set; anything else is prepared anew. Not covered: a dataset that is not on
+this machine (pin it with `revision:`), and the tokenizer's files (Axolotl goes by the tokenizer's name).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+
+from thinkswitch_plugin.trace_stripping.args import read_block
+from thinkswitch_plugin.trace_stripping.recipe import DATASET_TYPE, fingerprint, is_listed, stripped_entries
+from thinkswitch_plugin.trace_stripping.report import PREFIX
+from thinkswitch_plugin.trace_stripping.strategy import LOG
+
+
+class TraceStrippingPlugin(BasePlugin):
+    """Trace stripping for `plugins:` (ThinkSwitch, arXiv 2606.01080: answer-only pairs are distilled)."""
+
+    def register(self, cfg: dict) -> None:
+        """Check the recipe and put a fingerprint into each dataset entry of our type.
+
+        Args:
+            cfg: the recipe, not yet validated.
+
+        Raises:
+            ValueError: no dataset has our type, or the `trace_stripping:` block is wrong; one line.
+        """
+        # The manager is shared by all recipes of a process, and this one may not be ours.
+        if not is_listed(cfg):
+            return
+        config = read_block(cfg.get("trace_stripping"))
+        entries = stripped_entries(cfg)
+        if not entries:
+            raise ValueError(
+                f"{PREFIX}: the plugin is listed but no dataset uses it; set `type: {DATASET_TYPE}` on a dataset "
+                "or remove the plugin"
+            )
+        for entry in entries:
+            entry["input_transform"] = f"{PREFIX} {fingerprint(entry, config)}"
+
+    def get_input_args(self) -> str:
+        """The model of the `trace_stripping:` block, by its import path."""
+        return "thinkswitch_plugin.trace_stripping.args.TraceStrippingArgs"
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
+        """Show the counts of a training set that an earlier command prepared.
+
+        Args:
+            cfg: the recipe.
+            trainer: holds the training set, whose description is the line.
+        """
+        dataset = getattr(trainer, "train_dataset", None)
+        line = getattr(getattr(dataset, "info", None), "description", "")
+        # A set prepared in this run has shown its line already.
+        if line.startswith(PREFIX) and _is_read_back(dataset, cfg.dataset_prepared_path):
+            LOG.info(line)
+
+
+def _is_read_back(dataset: Any, prepared_path: str | None) -> bool:
+    prepared = Path(prepared_path or DEFAULT_DATASET_PREPARED_PATH).resolve()
+    return any(prepared in Path(file["filename"]).resolve().parents for file in dataset.cache_files)
