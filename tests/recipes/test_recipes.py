@@ -1,0 +1,165 @@
+"""Every recipe with its tool's own command, from a fresh copy of the checkout, on data that ships with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def checkout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipes and the pair, and nothing that a run left behind."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(repository / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("build", "__pycache__"))
+    return folder
+
+
+def native(folder: Path, *command: str) -> str:
+    said = subprocess.run(
+        [BIN / command[0], *command[1:]], cwd=folder, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert said.returncode == 0, said.stderr[-3000:]
+    return said.stdout + said.stderr
+
+
+def test_labels_are_generated_and_evaluated_alone(checkout: Path) -> None:
+    native(checkout, "lm_eval", "run", "--config", "recipes/generate_labels.yml")
+    for task in ("mini_math_prompts", "mini_qa_prompts"):
+        (file,) = (checkout / "runs/recipes/labels").glob(f"samples_{task}_*.jsonl")
+        rows = [json.loads(line) for line in file.open()]
+        assert len(rows) == 1000
+        assert all(row["doc"]["trace_opened"] and "answer" not in row["doc"] for row in rows)
+    native(checkout, "lm_eval", "run", "--config", "recipes/evaluate.yml")
+    (file,) = (checkout / "runs/recipes/evaluate").glob("results_*.json")
+    results = json.loads(file.read_text())["results"]
+    assert 0.30 <= results["mini_math"]["exact_match,none"] <= 0.45
+    assert 0.30 <= results["mini_qa"]["exact_match,none"] <= 0.45
+
+
+def test_distillation_and_reconstruction_alone(checkout: Path) -> None:
+    said = native(checkout, "axolotl", "preprocess", "recipes/instruct_distill.yml")
+    assert "trace stripping: recipes/mini/labels.jsonl: kept 512 of 512 rows" in said
+    said = native(checkout, "axolotl", "train", "recipes/instruct_distill.yml", "--launcher", "python")
+    assert "trace stripping: recipes/mini/labels.jsonl: kept 512 of 512 rows" in said
+    adapter = "runs/recipes/distill"
+    native(checkout, "axolotl", "merge-lora", "recipes/instruct_distill.yml", "--lora-model-dir", adapter)
+    assert (checkout / adapter / "merged" / "model.safetensors").is_file()
+    native(checkout, "mergekit-yaml", "recipes/slerp_thinking.yml", "runs/recipes/thinking")
+    template = (checkout / "runs/recipes/thinking/chat_template.jinja").read_text()
+    assert template == (checkout / "recipes/mini/thinking/chat_template.jinja").read_text()
+
+
+QWEN3_4B = {  # the layer shapes of Qwen/Qwen3-4B, two layers of its 36
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+    "rope_theta": 5000000,
+}
+# What a CPU cannot do, and nothing else: no bf16 or tf32 kernels, no Triton, no paged optimizer.
+ON_A_CPU = {
+    "bf16": False,
+    "tf32": False,
+    "optimizer": "adamw_torch",
+    "liger_fused_linear_cross_entropy": False,
+    "liger_rms_norm": False,
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+}
+
+
+@pytest.fixture(scope="module")
+def two_layers_of_4b(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with the real layer shapes, random weights, and the embedded pair's tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen3_4b")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(recipes / "mini" / "instruct" / name, folder)
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**QWEN3_4B, dtype="bfloat16"))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(0.01) if tensor.ndim < 2 else tensor.normal_(0, 0.02)
+    model.save_pretrained(folder)
+    return folder
+
+
+def short(checkout: Path, base: Path, **changes: Any) -> Path:
+    """The 4B distillation recipe on this base and the shipped labels, for one step."""
+    recipe = yaml.safe_load((checkout / "recipes/qwen3_4b/instruct_distill.yml").read_text())
+    recipe.update(
+        base_model=str(base),
+        datasets=[{"path": "recipes/mini/labels.jsonl", "type": "thinkswitch_plugin.trace_stripping"}],
+        max_steps=1,
+        **changes,
+    )
+    file = checkout / "qwen3_4b.yml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def test_the_4b_recipe_passes_axolotl_s_own_validation(checkout: Path, two_layers_of_4b: Path) -> None:
+    """As it is for a GPU, on a machine whose capabilities are said to be one's."""
+    import axolotl.cli.config  # noqa: F401  (configures Axolotl's logging before anything else)
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    cfg = DictDefault(yaml.safe_load(short(checkout, two_layers_of_4b).read_text()))
+    prepare_plugins(cfg)
+    checked = validate_config(
+        cfg,
+        capabilities={
+            "bf16": True,
+            "fp8": False,
+            "tf32": True,
+            "n_gpu": 1,
+            "n_node": 1,
+            "compute_capability": "sm_86",
+        },
+        env_capabilities={"torch_version": "2.13.0"},
+    )
+    assert checked.adapter == "qlora"
+    assert checked.trace_stripping["max_dropped_fraction"] == 0.5
+    assert checked.liger_fused_linear_cross_entropy is True
+
+
+@pytest.mark.slow
+def test_the_4b_recipe_trains_a_step_on_its_real_layer_shapes(checkout: Path, two_layers_of_4b: Path) -> None:
+    file = short(checkout, two_layers_of_4b, **ON_A_CPU)
+    said = native(checkout, "axolotl", "train", str(file), "--launcher", "python")
+    assert "Training completed" in said or "train_runtime" in said
+    assert (checkout / "runs/qwen3_4b_recipes/distill/adapter_model.safetensors").is_file()
+
+
+def test_the_4b_stages_fit_the_loop(recipes: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    said = subprocess.run(
+        [BIN / "ts-loop", "--config", recipes / "qwen3_4b/loop.yml", "--iters", "1", "--dry-run"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said.count("lm_eval run --config") == 5
+    assert "axolotl train" in said
