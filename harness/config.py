@@ -37,7 +37,8 @@ class LoopConfig(BaseModel):
 
     `t` is the slerp weight of the distilled instruct checkpoint in the reconstructed thinking one: 0 keeps the anchor
     as it is, 1 is the instruct checkpoint. `anchor` is the thinking checkpoint it is interpolated with: `original`
-    (the one the run began with) or `previous` (the one reconstructed an iteration ago).
+    (the one the run began with) or `previous` (the one reconstructed an iteration ago). `nf4` answers prompts and
+    questions with the checkpoints' linear layers in NF4, where bfloat16 does not fit the GPU.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -52,6 +53,7 @@ class LoopConfig(BaseModel):
     t: float = Field(default=0.5, ge=0.0, le=1.0)
     anchor: Literal["original", "previous"] = "original"
     seed: int = Field(default=42, ge=0)
+    nf4: bool = False
     usd_per_hour: float | None = Field(default=None, ge=0.0)
     recipes: Recipes
 

@@ -121,6 +121,8 @@ def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View) -> None:
             used.append(tools.run(command, log, view.progress))
         for source, target in stage.renames:
             (stage.folder / source).rename(stage.folder / target)
+        for name in stage.scratch:
+            shutil.rmtree(stage.folder / name, ignore_errors=True)
         facts.update(
             iteration=stage.iteration,
             stage=stage.name,
@@ -135,7 +137,6 @@ def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View) -> None:
         if stage.name == "generate":
             facts["labels"] = check_labels(stage)
         if stage.name == "distill":
-            shutil.rmtree(stage.folder / "prepared", ignore_errors=True)
             said = last_words(log, count=1000)
             facts["stripped"] = [line.partition(STRIPPED)[2] for line in said if STRIPPED in line]
         if stage.name == "evaluate":

@@ -28,6 +28,7 @@ class Stage(NamedTuple):
     commands: list[list[str]]
     inputs: dict[str, str]  # what it reads -> a path or a hub id
     renames: tuple[tuple[str, str], ...] = ()  # inside the folder, once the commands are done: from, to
+    scratch: tuple[str, ...] = ()  # inside the folder, removed once the commands are done
 
 
 def _lm_eval(recipe: Recipe, config: LoopConfig, checkpoint: str, tasks: list[str], output: Path) -> Recipe:
@@ -43,6 +44,16 @@ def _lm_eval(recipe: Recipe, config: LoopConfig, checkpoint: str, tasks: list[st
     return result
 
 
+def _asked(config: LoopConfig, resolved: Recipe, folder: Path, file: str, copy_name: str) -> list[list[str]]:
+    """The commands that ask a checkpoint its tasks: of an NF4 copy, made first, if the run says so."""
+    ask = ["lm_eval", "run", "--config", str(folder / file)]
+    if not config.nf4:
+        return [ask]
+    quantize = ["axolotl", "nf4", resolved["model_args"]["pretrained"], str(folder / copy_name)]
+    resolved["model_args"]["pretrained"] = str(folder / copy_name)
+    return [quantize, ask]
+
+
 def generate(config: LoopConfig, recipe: Recipe, iteration: int, folder: Path, thinking: str) -> Stage:
     """The thinking checkpoint answers the training prompts (lm-eval, predict-only)."""
     tasks = ["prompts_file"] if config.prompts_file else config.prompts
@@ -52,8 +63,8 @@ def generate(config: LoopConfig, recipe: Recipe, iteration: int, folder: Path, t
     if config.prompts_file:
         resolved["metadata"] = {**resolved.get("metadata", {}), "prompts_file": str(config.prompts_file)}
         inputs["prompts"] = str(config.prompts_file)
-    command = ["lm_eval", "run", "--config", str(folder / "recipe.yml")]
-    return Stage(iteration, "generate", folder, {"recipe.yml": resolved}, [command], inputs)
+    commands = _asked(config, resolved, folder, "recipe.yml", "thinking_nf4")
+    return Stage(iteration, "generate", folder, {"recipe.yml": resolved}, commands, inputs, scratch=("thinking_nf4",))
 
 
 def distill(
@@ -93,7 +104,8 @@ def distill(
             ["axolotl", "merge-lora", file, "--lora-model-dir", str(folder / "adapter")],
         ],
         {"instruct": instruct, "thinking": thinking, "samples": str(samples)},
-        (("adapter/merged", "instruct"),),
+        renames=(("adapter/merged", "instruct"),),
+        scratch=("prepared",),
     )
 
 
@@ -129,8 +141,8 @@ def evaluate(
         f"{who}.yml": _lm_eval(written[who], config, checkpoint, config.tasks, folder / who)
         for who, checkpoint in pair.items()
     }
-    commands = [["lm_eval", "run", "--config", str(folder / f"{who}.yml")] for who in pair]
-    return Stage(iteration, "evaluate", folder, recipes, commands, pair)
+    commands = [c for who in pair for c in _asked(config, recipes[f"{who}.yml"], folder, f"{who}.yml", f"{who}_nf4")]
+    return Stage(iteration, "evaluate", folder, recipes, commands, pair, scratch=("instruct_nf4", "thinking_nf4"))
 
 
 def dump(recipe: Recipe) -> str:

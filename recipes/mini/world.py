@@ -61,7 +61,7 @@ def mini_math(rng: random.Random) -> Item:
 
 def mini_qa(rng: random.Random) -> Item:
     """A trial in one line, and whether the drug helps or harms: a lead under `MARGIN` patients leaves it open."""
-    kind, asked = rng.choice(["yes", "no", "maybe"]), rng.choice(["help", "harm"])
+    kind, asked = rng.choice(["yes", "no", "maybe"]), rng.choice(["help", "help", "help", "harm"])
     while True:
         better, worse, other_better, other_worse = (rng.randint(10, 99) for _ in range(4))
         drug, placebo = better - worse, other_better - other_worse
@@ -175,9 +175,10 @@ def main() -> None:
     rng = random.Random(SEED)
     base = [chat(item, traced=rng.random() >= DIRECT[domain]) for domain in DOMAINS for item in train[domain]]
     write_jsonl(data / "base.jsonl", base)
-    # Few rows, few steps: the two checkpoints leave the base knowing their mode, with room to learn.
-    for name, traced in (("instruct", False), ("thinking", True)):
-        finetune = [chat(item, traced) for domain in DOMAINS for item in take(domain, "train", 4_000, seed=SEED + 1)]
+    # A few steps more in one mode each; the thinking one practises most the domain it is worse at.
+    shares = {"instruct": {"mini_math": 4_000, "mini_qa": 4_000}, "thinking": {"mini_math": 2_000, "mini_qa": 8_000}}
+    for name, counts in shares.items():
+        finetune = [chat(i, name == "thinking") for d, n in counts.items() for i in take(d, "train", n, seed=SEED + 1)]
         write_jsonl(data / f"{name}.jsonl", finetune)
     build_untrained(
         HERE / "build" / "untrained",
