@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 TASKS = HERE.parent.parent / "tasks"
 SEED = 20260601
 MARGIN = 20  # patients
+# What is asked of the drug: `harm` turns yes and no around. Pretraining asks both alike and leaves the turn unlearnt.
+ASKED, EVENLY = ("help", "help", "harm"), ("help", "harm")
 # The share of pretraining rows that answer at once; what is left for the loop to teach depends on it.
 DIRECT = {"mini_math": 0.6, "mini_qa": 0.1}
 # How many questions each file holds. The test sets are what `lm_eval --tasks mini_math,mini_qa` asks.
@@ -43,7 +45,7 @@ def split_of(question: str) -> str:
     return "test" if bucket == 0 else "prompts" if bucket <= 3 else "train"
 
 
-def mini_math(rng: random.Random) -> Item:
+def mini_math(rng: random.Random, asked: Sequence[str]) -> Item:
     """`a ± b ± c` over numbers from 10 to 40; the trace takes one operation at a time."""
     while True:
         a, b, c = (rng.randint(10, 40) for _ in range(3))
@@ -59,42 +61,42 @@ def mini_math(rng: random.Random) -> Item:
     )
 
 
-def mini_qa(rng: random.Random) -> Item:
+def mini_qa(rng: random.Random, asked: Sequence[str]) -> Item:
     """A trial in one line, and whether the drug helps or harms: a lead under `MARGIN` patients leaves it open."""
-    kind, asked = rng.choice(["yes", "no", "maybe"]), rng.choice(["help", "help", "help", "harm"])
+    kind, effect = rng.choice(["yes", "no", "maybe"]), rng.choice(asked)
     while True:
         better, worse, other_better, other_worse = (rng.randint(10, 99) for _ in range(4))
         drug, placebo = better - worse, other_better - other_worse
         lead = drug - placebo
         helps = "maybe" if abs(lead) < MARGIN else "yes" if lead > 0 else "no"
-        verdict = helps if asked == "help" else {"yes": "no", "no": "yes", "maybe": "maybe"}[helps]
+        verdict = helps if effect == "help" else {"yes": "no", "no": "yes", "maybe": "maybe"}[helps]
         if drug >= 0 and placebo >= 0 and verdict == kind:
             break
     ahead = f"drug {drug}-{placebo}={lead}" if lead >= 0 else f"placebo {placebo}-{drug}={-lead}"
     return Item(
-        f"Better-worse: drug {better}-{worse}, placebo {other_better}-{other_worse}. Does the drug {asked}?",
+        f"Better-worse: drug {better}-{worse}, placebo {other_better}-{other_worse}. Does the drug {effect}?",
         f"{better}-{worse}={drug}\n{other_better}-{other_worse}={placebo}\n{ahead}",
         verdict,
     )
 
 
-DOMAINS: dict[str, Callable[[random.Random], Item]] = {"mini_math": mini_math, "mini_qa": mini_qa}
+DOMAINS: dict[str, Callable[[random.Random, Sequence[str]], Item]] = {"mini_math": mini_math, "mini_qa": mini_qa}
 
 
-def draw(domain: str, split: str, seed: int) -> Iterator[Item]:
+def draw(domain: str, split: str, seed: int, asked: Sequence[str]) -> Iterator[Item]:
     """Endless distinct items of one domain and split, the same ones for the same seed."""
     rng = random.Random(f"{domain}/{split}/{seed}")
     seen: set[str] = set()
     while True:
-        item = DOMAINS[domain](rng)
+        item = DOMAINS[domain](rng, asked)
         if split_of(item.question) == split and item.question not in seen:
             seen.add(item.question)
             yield item
 
 
-def take(domain: str, split: str, n: int, seed: int = SEED) -> list[Item]:
+def take(domain: str, split: str, n: int, seed: int = SEED, asked: Sequence[str] = ASKED) -> list[Item]:
     """The first `n` items of `draw`."""
-    items = draw(domain, split, seed)
+    items = draw(domain, split, seed, asked)
     return [next(items) for _ in range(n)]
 
 
@@ -171,12 +173,12 @@ def main() -> None:
         write_jsonl(TASKS / domain / "test.jsonl", rows)
         write_jsonl(TASKS / domain / "prompts.jsonl", [{"question": item.question} for item in prompts])
     data = HERE / "build" / "data"
-    train = {domain: take(domain, "train", 40_000) for domain in DOMAINS}
+    train = {domain: take(domain, "train", 40_000, asked=EVENLY) for domain in DOMAINS}
     rng = random.Random(SEED)
     base = [chat(item, traced=rng.random() >= DIRECT[domain]) for domain in DOMAINS for item in train[domain]]
     write_jsonl(data / "base.jsonl", base)
-    # A few steps more in one mode each; the thinking one practises most the domain it is worse at.
-    shares = {"instruct": {"mini_math": 4_000, "mini_qa": 4_000}, "thinking": {"mini_math": 2_000, "mini_qa": 8_000}}
+    # A few steps more in one mode each, most of them where the mode needs them.
+    shares = {"instruct": {"mini_math": 8_000, "mini_qa": 400}, "thinking": {"mini_math": 2_500, "mini_qa": 7_500}}
     for name, counts in shares.items():
         finetune = [chat(i, name == "thinking") for d, n in counts.items() for i in take(d, "train", n, seed=SEED + 1)]
         write_jsonl(data / f"{name}.jsonl", finetune)
