@@ -28,7 +28,7 @@ ASKED, EVENLY = ("help", "help", "harm"), ("help", "harm")
 # The share of pretraining rows that answer at once; what is left for the loop to teach depends on it.
 DIRECT = {"mini_math": 0.6, "mini_qa": 0.1}
 # How many questions each file holds. The test sets are what `lm_eval --tasks mini_math,mini_qa` asks.
-TEST, PROMPTS = 200, 1000
+TEST, PROMPTS = 200, {"mini_math": 1200, "mini_qa": 800}
 
 
 class Item(NamedTuple):
@@ -167,7 +167,7 @@ def build_untrained(folder: Path, corpus: list[str]) -> None:
 def main() -> None:
     """Write the task data, the training data and the untrained checkpoint; everything follows from `SEED`."""
     for domain in DOMAINS:
-        test, prompts = take(domain, "test", TEST), take(domain, "prompts", PROMPTS)
+        test, prompts = take(domain, "test", TEST), take(domain, "prompts", PROMPTS[domain])
         answers = [item.answer.removeprefix("\\boxed{").removesuffix("}") for item in test]
         rows = [{"question": item.question, "answer": a} for item, a in zip(test, answers, strict=True)]
         write_jsonl(TASKS / domain / "test.jsonl", rows)
@@ -178,7 +178,7 @@ def main() -> None:
     base = [chat(item, traced=rng.random() >= DIRECT[domain]) for domain in DOMAINS for item in train[domain]]
     write_jsonl(data / "base.jsonl", base)
     # A few steps more in one mode each, most of them where the mode needs them.
-    shares = {"instruct": {"mini_math": 8_000, "mini_qa": 400}, "thinking": {"mini_math": 2_500, "mini_qa": 7_500}}
+    shares = {"instruct": {"mini_math": 16_000, "mini_qa": 800}, "thinking": {"mini_math": 2_500, "mini_qa": 7_500}}
     for name, counts in shares.items():
         finetune = [chat(i, name == "thinking") for d, n in counts.items() for i in take(d, "train", n, seed=SEED + 1)]
         write_jsonl(data / f"{name}.jsonl", finetune)

@@ -47,7 +47,7 @@ def test_training_prompts_and_test_questions_never_meet(world: ModuleType, repos
 def test_the_shipped_files_are_what_the_world_writes(world: ModuleType, repository: Path, domain: str) -> None:
     test = world.take(domain, "test", world.TEST)
     assert [row["question"] for row in questions(repository, domain, "test")] == [item.question for item in test]
-    prompts = world.take(domain, "prompts", world.PROMPTS)
+    prompts = world.take(domain, "prompts", world.PROMPTS[domain])
     assert questions(repository, domain, "prompts") == [{"question": item.question} for item in prompts]
 
 
