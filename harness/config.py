@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from harness.errors import LoopError
 
 
+OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whose option has another name
+
+
 class Recipes(BaseModel):
     """Which native recipe is which stage; paths are relative to `loop.yml`.
 
@@ -130,7 +133,7 @@ def load(path: Path, overrides: dict[str, Any]) -> LoopConfig:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        source = f"--{field.replace('_', '-')}" if field in given else f"{path}: {field}"
+        source = f"--{OPTIONS.get(field, field)}" if field in given else f"{path}: {field}"
         raise LoopError(f"{source}: {first['msg'].lower()} (got {first['input']!r})") from None
     if config.prompts_file and len(config.prompts) > 1:
         raise LoopError(f"{path}: prompts: name either one .jsonl file or lm-eval tasks, not both")
