@@ -107,7 +107,7 @@ def test_a_finished_run_is_shown_again_at_once_and_not_touched(finished: tuple[P
 def test_other_settings_under_the_same_name_are_refused(finished: tuple[Path, Path, str]) -> None:
     folder, config, _ = finished
     said = ts_loop("--config", config, "--out", folder.parent, "--t", "0.9", ok=False)
-    assert "another t (0.5, now 0.9)" in said.stderr
+    assert "another t (0.1, now 0.9)" in said.stderr
 
 
 def test_labels_are_the_model_s_own(finished: tuple[Path, Path, str], recipes: Path, tmp_path: Path) -> None:
