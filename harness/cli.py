@@ -35,7 +35,7 @@ Run again with the same --name and it continues where it stopped.
 @click.option("--prompts", help="Your prompts: a .jsonl of `problem`, `prompt` or `messages` rows; or lm-eval tasks.")
 @click.option("--tasks", help="What to score: lm-eval tasks, separated by commas.")
 @click.option("--include-path", type=click.Path(path_type=Path), help="A folder with your own lm-eval tasks.")
-@click.option("--t", type=float, help="Weight of instruct in the rebuilt thinking checkpoint, 0 to 1.  [default: 0.5]")
+@click.option("--t", type=float, help="Weight of instruct in the rebuilt thinking checkpoint, 0 to 1.  [default: 0.1]")
 @click.option(
     "--anchor",
     help="What thinking is rebuilt from in each iteration: `original`, the checkpoint the run began with, or "

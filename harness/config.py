@@ -53,7 +53,7 @@ class LoopConfig(BaseModel):
     tasks: list[str] = Field(min_length=1)
     include_path: Path | None = None
     iterations: int = Field(default=3, ge=1)
-    t: float = Field(default=0.5, ge=0.0, le=1.0)
+    t: float = Field(default=0.1, ge=0.0, le=1.0)
     anchor: Literal["original", "previous"] = "original"
     seed: int = Field(default=42, ge=0)
     nf4: bool = False
