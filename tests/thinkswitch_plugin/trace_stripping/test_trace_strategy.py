@@ -168,10 +168,15 @@ def test_labels_are_the_models_own(prepare: Any) -> None:
 def test_the_log_ends_with_one_line(prepare: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), _propagating("axolotl"):
         prepared = prepare([sample("r</think>a"), sample("r</think>b", "r</think>c"), sample("r")])
-    lines = [record.getMessage() for record in caplog.records]
+    lines = _logged(caplog)
     assert lines[-1].startswith("trace stripping: rows.jsonl: kept 3 of 4 rows, dropped 1 (unclosed 1); removed ")
     assert sum(line.startswith("trace stripping") for line in lines) == 1
     assert prepared.info.description == lines[-1]
+
+
+def _logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Each record once: where another test has configured Axolotl's logging, one record passes two handlers."""
+    return [record.getMessage() for record in {id(record): record for record in caplog.records}.values()]
 
 
 @contextmanager
@@ -328,7 +333,7 @@ def test_counts_of_a_set_prepared_before_are_shown_when_training_starts(
     with caplog.at_level(logging.INFO), _propagating("axolotl"):
         for dataset in (fresh, datasets.Dataset.from_list([{"a": 1}]), None, read_back):
             TraceStrippingPlugin().post_trainer_create(cfg, SimpleNamespace(train_dataset=dataset))
-    assert [record.getMessage() for record in caplog.records] == [fresh.info.description]
+    assert _logged(caplog) == [fresh.info.description]
 
 
 def test_evaluation_sets_are_fingerprinted_as_well_and_other_types_left_alone(write_rows: Any) -> None:
