@@ -131,8 +131,8 @@ def training_set(iteration: Path) -> bytes:
         [Path(TS_LOOP).with_name("axolotl"), "preprocess", recipe], check=True, capture_output=True, timeout=300
     )
     prepared = yaml.safe_load(recipe.read_text())["dataset_prepared_path"]
-    (folder,) = Path(prepared).iterdir()
-    rows = load_from_disk(str(folder)).to_list()
+    (state,) = Path(prepared).glob("*/state.json")
+    rows = load_from_disk(str(state.parent)).to_list()
     shutil.rmtree(prepared)
     assert len(rows) == 32
     return json.dumps(rows, sort_keys=True).encode()
