@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness.errors import LoopError
 
-
 OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whose option has another name
 
 
@@ -64,6 +63,11 @@ class LoopConfig(BaseModel):
     def prompts_file(self) -> Path | None:
         """The user's own prompts file, if `prompts` names one rather than lm-eval tasks."""
         return Path(self.prompts[0]) if self.prompts[0].endswith(".jsonl") else None
+
+    @property
+    def prompt_tasks(self) -> list[str]:
+        """The lm-eval tasks that ask the prompts."""
+        return ["prompts_file"] if self.prompts_file else self.prompts
 
 
 def recipes_folder() -> Path:

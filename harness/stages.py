@@ -56,8 +56,7 @@ def _asked(config: LoopConfig, resolved: Recipe, folder: Path, file: str, copy_n
 
 def generate(config: LoopConfig, recipe: Recipe, iteration: int, folder: Path, thinking: str) -> Stage:
     """The thinking checkpoint answers the training prompts (lm-eval, predict-only)."""
-    tasks = ["prompts_file"] if config.prompts_file else config.prompts
-    resolved = _lm_eval(recipe, config, thinking, tasks, folder / "samples")
+    resolved = _lm_eval(recipe, config, thinking, config.prompt_tasks, folder / "samples")
     resolved["predict_only"] = True
     inputs = {"thinking": thinking}
     if config.prompts_file:
@@ -74,7 +73,6 @@ def distill(
 
     `samples` is the folder the generate stage filled; one dataset for each of its tasks.
     """
-    tasks = ["prompts_file"] if config.prompts_file else config.prompts
     resolved = copy.deepcopy(recipe)
     like = dict(resolved["datasets"][0])
     for key in ("path", "data_files", "ds_type", "split"):
@@ -87,7 +85,7 @@ def distill(
             "split": "train",
             **like,
         }
-        for task in tasks
+        for task in config.prompt_tasks
     ]
     resolved["base_model"] = instruct
     resolved["output_dir"] = str(folder / "adapter")
