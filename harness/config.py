@@ -40,7 +40,9 @@ class LoopConfig(BaseModel):
     `t` is the slerp weight of the distilled instruct checkpoint in the reconstructed thinking one: 0 keeps the anchor
     as it is, 1 is the instruct checkpoint. `anchor` is the thinking checkpoint it is interpolated with: `original`
     (the one the run began with) or `previous` (the one reconstructed an iteration ago). `nf4` answers prompts and
-    questions with the checkpoints' linear layers in NF4, where bfloat16 does not fit the GPU.
+    questions with the checkpoints' linear layers in NF4, where bfloat16 does not fit the GPU. `jobs` is how many stages
+    may run side by side where none reads what the other writes (an evaluation and the next iteration's labels): 1 where
+    they would share one GPU.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,6 +58,7 @@ class LoopConfig(BaseModel):
     anchor: Literal["original", "previous"] = "original"
     seed: int = Field(default=42, ge=0)
     nf4: bool = False
+    jobs: int = Field(default=1, ge=1)
     usd_per_hour: float | None = Field(default=None, ge=0.0)
     recipes: Recipes
 

@@ -10,10 +10,13 @@ answers, and a thinking checkpoint is rebuilt between the anchor and the new ins
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,7 +90,7 @@ def asked(config: LoopConfig, recipes: dict[str, Recipe]) -> dict[str, Any]:
     inputs = {role: digest(Path(getattr(config, role))) for role in ("instruct", "thinking")}
     if config.prompts_file:
         inputs["prompts"] = digest(config.prompts_file)
-    settings = config.model_dump(mode="json", exclude={"name", "recipes", "usd_per_hour"})
+    settings = config.model_dump(mode="json", exclude={"name", "recipes", "usd_per_hour", "jobs"})
     return {**settings, "recipes": recipes, "inputs": inputs}
 
 
@@ -102,8 +105,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View) -> None:
-    """Run one stage to its end in its folder, and mark it done.
+def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View, threads: int | None) -> None:
+    """Run one stage to its end in its folder, and mark it done; `threads` as in `Tools.run`.
 
     Raises:
         LoopError: if a command fails or leaves what the loop cannot go on with; the folder stays for a look.
@@ -118,7 +121,7 @@ def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View) -> None:
             view.command(stage, number, command)
             with log.open("a", encoding="utf-8") as file:
                 file.write(f"$ {' '.join(command)}\n")
-            used.append(tools.run(command, log, view.progress))
+            used.append(tools.run(command, log, partial(view.progress, stage), threads))
         for source, target in stage.renames:
             (stage.folder / source).rename(stage.folder / target)
         for name in stage.scratch:
@@ -162,13 +165,32 @@ def check_labels(stage: Stage) -> dict[str, int]:
     return {"closed": closed, "total": total}
 
 
-def run(
-    config: LoopConfig,
-    recipes: dict[str, Recipe],
-    folder: RunDir,
-    view: report.View,
-    make_tools: Callable[[Path], Tools] = Tools,
-) -> list[scores.Row]:
+def side_by_side(wave: list[Stage], run: RunDir, tools: Tools, view: report.View) -> Iterator[Stage]:
+    """Run stages that need nothing of one another at once; yields each as it ends.
+
+    Raises:
+        LoopError: of the first that failed, once the others have ended. Anything else, Ctrl-C above all, ends them.
+    """
+    threads = None if len(wave) == 1 else max(1, (os.cpu_count() or 1) // len(wave))
+    failed = None
+    with ThreadPoolExecutor(len(wave)) as pool:
+        begun = {pool.submit(perform, stage, run, tools, view, threads): stage for stage in wave}
+        try:
+            for ended in as_completed(begun):
+                try:
+                    ended.result()
+                except LoopError as error:
+                    failed = failed or error
+                else:
+                    yield begun[ended]
+        except BaseException:
+            tools.stop()
+            raise
+    if failed:
+        raise failed
+
+
+def run(config: LoopConfig, recipes: dict[str, Recipe], folder: RunDir, view: report.View) -> list[scores.Row]:
     """Run, or continue, the whole loop; returns the rows of `results.json`.
 
     Raises:
@@ -182,9 +204,8 @@ def run(
     view.begin(folder.root, config.iterations, len(todo), len(todo) - len(pending), continued)
     if pending:
         folder.note(versions=versions(), command=sys.argv)
-        with make_tools(folder.logs / "preload.log") as tools:
+        with Tools(folder.logs / "preload.log") as tools:
             view.preloading()
-            tools.wait()
             log = folder.logs / "tasks.log"
             log.unlink(missing_ok=True)
             include = str(config.include_path) if config.include_path else None
@@ -193,13 +214,12 @@ def run(
                 tools.call(checks.check_tasks, names, include, log=log)
             except ToolError:
                 raise LoopError(" ".join(last_words(log))) from None
-            for stage in todo:
-                if folder.finished(stage.folder):
-                    continue
-                perform(stage, folder, tools, view)
-                view.finished(stage, folder.finished(stage.folder) or {})
-                publish(config, folder, todo)
-            folder.note(preload_s=tools.preload_s)
+            tools.wait()
+            for wave in stages.waves(pending, config.jobs):
+                for stage in side_by_side(wave, folder, tools, view):
+                    view.finished(stage, folder.finished(stage.folder) or {})
+                    publish(config, folder, todo)
+            folder.note(preload_s=tools.preload_s, busy_s=tools.busy_s)
     folder.note(wall_s=(read_wall(folder) + time.monotonic() - begun))
     rows = publish(config, folder, todo)
     view.end(rows, [folder.finished(stage.folder) or {} for stage in todo], folder)

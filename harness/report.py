@@ -12,7 +12,15 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -47,6 +55,7 @@ class View:
             TimeRemainingColumn(),
             console=self.console,
         )
+        self.running: dict[Path | None, TaskID] = {}  # by the stage's folder; None for the imports
         self.rows: list[Row] = []
         self.iterations = self.stages = self.done = 0
         self.begun = time.monotonic()
@@ -62,21 +71,21 @@ class View:
 
     def preloading(self) -> None:
         """The tools are being imported."""
-        self._task("importing axolotl, lm-eval and mergekit, once")
+        self._task(None, "importing axolotl, lm-eval and mergekit, once")
 
     def command(self, stage: Stage, number: int, command: list[str]) -> None:
         """A stage runs its next command."""
         part = f" ({number + 1}/{len(stage.commands)})" if len(stage.commands) > 1 else ""
         where = f"iteration {stage.iteration}/{self.iterations}  {stage.name}{part}"
-        self._task(f"{where}: {WHAT[stage.name]}  [dim]{command[0]}[/dim]")
+        self._task(stage.folder, f"{where}: {WHAT[stage.name]}  [dim]{command[0]}[/dim]")
 
-    def progress(self, done: int, total: int) -> None:
-        """The running command's own progress bar moved."""
-        if self.bar.task_ids:
-            self.bar.update(self.bar.task_ids[-1], completed=done, total=total)
+    def progress(self, stage: Stage, done: int, total: int) -> None:
+        """The progress bar of the command that a stage runs has moved."""
+        self.bar.update(self.running[stage.folder], completed=done, total=total)
 
     def finished(self, stage: Stage, facts: dict[str, Any]) -> None:
         """A stage is done."""
+        self._drop(stage.folder)
         self.done += 1
         self.rows += facts.get("rows", [])
         line = f"iteration {stage.iteration}/{self.iterations}  {stage.name:<11} {facts['wall_s']:7.1f} s"
@@ -98,10 +107,14 @@ class View:
             self.live.stop()
             self.live = None
 
-    def _task(self, text: str) -> None:
-        for task in self.bar.task_ids:
+    def _drop(self, key: Path | None) -> None:
+        if (task := self.running.pop(key, None)) is not None:
             self.bar.remove_task(task)
-        self.bar.add_task(text, total=None)
+
+    def _task(self, key: Path | None, text: str) -> None:
+        for old in (None, key):
+            self._drop(old)
+        self.running[key] = self.bar.add_task(text, total=None)
         if not self.live:
             self.console.print(Text.from_markup(text), style="dim", soft_wrap=True)
         self._refresh()

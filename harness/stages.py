@@ -7,6 +7,7 @@ iteration runs it, and the command a person would type. Knows the keys of each t
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +142,19 @@ def evaluate(
     }
     commands = [c for who in pair for c in _asked(config, recipes[f"{who}.yml"], folder, f"{who}.yml", f"{who}_nf4")]
     return Stage(iteration, "evaluate", folder, recipes, commands, pair, scratch=("instruct_nf4", "thinking_nf4"))
+
+
+def waves(stages: Iterable[Stage], most: int) -> Iterator[list[Stage]]:
+    """The stages in order, cut into groups of up to `most` neighbours none of which reads what another one writes."""
+    wave: list[Stage] = []
+    for stage in stages:
+        reads = [Path(path) for path in stage.inputs.values()]
+        if len(wave) == most or any(path.is_relative_to(other.folder) for path in reads for other in wave):
+            yield wave
+            wave = []
+        wave.append(stage)
+    if wave:
+        yield wave
 
 
 def dump(recipe: Recipe) -> str:

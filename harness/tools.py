@@ -15,11 +15,12 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,63 +72,98 @@ class ToolError(LoopError):
 
 
 class Tools:
-    """The preloaded server. One at a time; close it, or use it as a context manager."""
+    """The preloaded server. One at a time; close it, or use it as a context manager.
+
+    Commands may be run from several threads at once. `preload_s` is how long the imports took, `busy_s` for how long
+    at least one command was running since, in wall seconds.
+    """
 
     def __init__(self, log: Path):
         """Start preloading in the background; the server's own output goes to `log`."""
         for key, value in QUIET.items():
             os.environ.setdefault(key, value)
+        self._begun = time.monotonic()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         with _output_to(log):
             forkserver.ensure_running()
-        self.preload_s = 0.0
+        self.preload_s = self.busy_s = 0.0
+        self._lock = threading.Lock()  # `multiprocessing` looks after its children from one thread at a time
+        self._running: set[multiprocessing.process.BaseProcess] = set()
+        self._stopped = False
+        self._busy_since = 0.0
 
     def wait(self) -> None:
-        """Block until the tools are imported, and note in `preload_s` how long that took from here."""
-        begun = time.monotonic()
+        """Block until the tools are imported, and note in `preload_s` how long that took from the start."""
         child = self._context.Process(target=_ready)
         child.start()
         child.join()
-        self.preload_s = time.monotonic() - begun
+        self.preload_s, self.busy_s = time.monotonic() - self._begun, 0.0
 
-    def run(self, command: list[str], log: Path, on_progress: Callable[[int, int], None] | None = None) -> Usage:
+    def run(
+        self,
+        command: list[str],
+        log: Path,
+        on_progress: Callable[[int, int], None] | None = None,
+        threads: int | None = None,
+    ) -> Usage:
         """Run one command to its end, its output appended to `log`.
 
-        `on_progress(done, total)` is called as the tool's own progress bar moves.
+        `on_progress(done, total)` is called as the tool's own progress bar moves. `threads` is how many threads its
+        arithmetic gets (None: as many as the tool takes); two commands that take every core wait for one another.
 
         Raises:
             ToolError: if it exits with anything but 0; the text names the command, the log and the log's last line.
         """
-        return self._run(_console_script, (command,), " ".join(command[:2]), log, on_progress)
+        title = " ".join(command[:2])
+        return self._run(self._context, _console_script, (command,), title, log, on_progress, threads)
 
     def call(self, function: Callable[..., None], *args: object, log: Path) -> Usage:
-        """Run a module-level function in a child, with the same care as `run`."""
-        return self._run(function, args, function.__name__, log, None)
+        """Run a module-level function in a process of its own, which need not wait for the preloading."""
+        context = multiprocessing.get_context("spawn")
+        return self._run(context, function, args, function.__name__, log, None, None)
+
+    def stop(self) -> None:
+        """End every command that is running, and let no other begin. The threads that ran them get a `ToolError`."""
+        with self._lock:
+            self._stopped = True
+            for child in self._running:
+                _stop(child)
 
     def _run(
         self,
+        context: multiprocessing.context.BaseContext,
         target: Callable[..., None],
         args: tuple[object, ...],
         title: str,
         log: Path,
         on_progress: Callable[[int, int], None] | None,
+        threads: int | None,
     ) -> Usage:
         log.parent.mkdir(parents=True, exist_ok=True)
         usage_file = log.with_suffix(".usage")
         begun, start = time.monotonic(), log.stat().st_size if log.exists() else 0
-        child = self._context.Process(target=_child, args=(target, args, str(log), str(usage_file)), name=title)
-        child.start()
+        child = context.Process(target=_child, args=(target, args, str(log), str(usage_file), threads), name=title)  # type: ignore[attr-defined]
         try:
+            with self._lock:
+                if self._stopped:
+                    raise ToolError(f"{title}: stopped before it began")
+                child.start()
+                if not self._running:
+                    self._busy_since = begun
+                self._running.add(child)
             last = None
-            while child.exitcode is None:
-                child.join(0.1)
+            while not connection.wait([child.sentinel], 0.1):
                 if on_progress and (seen := _progress(log, start)) != last and seen:
                     on_progress(*seen)
                     last = seen
-        except BaseException:
-            _stop(child)
-            raise
+        finally:
+            with self._lock:
+                if child.pid is not None:
+                    _stop(child)
+                    self._running.discard(child)
+                    if not self._running:
+                        self.busy_s += time.monotonic() - self._busy_since
         wall = time.monotonic() - begun
         if child.exitcode != 0:
             usage_file.unlink(missing_ok=True)
@@ -160,13 +196,18 @@ def _console_script(command: list[str]) -> None:
     sys.exit(found[0].load()())
 
 
-def _child(target: Callable[..., None], args: tuple[object, ...], log: str, usage_file: str) -> None:
+def _child(
+    target: Callable[..., None], args: tuple[object, ...], log: str, usage_file: str, threads: int | None
+) -> None:
     """In the fork: own process group, output to the log, and a note of what it cost at the end."""
     os.setsid()  # Ctrl-C reaches the orchestrator alone, which then stops the whole group
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     code: object = 0
+    if threads and (torch := sys.modules.get("torch")):
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
         target(*args)
     except SystemExit as error:

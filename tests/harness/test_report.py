@@ -104,7 +104,7 @@ def test_plain_lines_when_not_on_a_terminal(tmp_path: Path) -> None:
     stage = Stage(1, "evaluate", tmp_path, {}, [["lm_eval", "run", "--config", "x"]], {})
     view.begin(tmp_path, 3, 13, 0, False)
     view.command(stage, 0, stage.commands[0])
-    view.progress(3, 10)
+    view.progress(stage, 3, 10)
     view.finished(stage, {"stage": "evaluate", "wall_s": 3.21, "rows": ROWS[2:3]})
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b" not in text
@@ -118,7 +118,7 @@ def test_one_live_view_on_a_terminal(tmp_path: Path) -> None:
     view.begin(tmp_path, 3, 13, 0, False)
     try:
         view.command(stage, 0, stage.commands[0])
-        view.progress(3, 10)
+        view.progress(stage, 3, 10)
         view.finished(stage, {"stage": "evaluate", "wall_s": 3.2, "rows": ROWS[2:3]})
         assert view.live is not None
         picture = printed(view._picture())

@@ -69,6 +69,21 @@ def test_reconstruction_keeps_the_thinking_side_as_its_base(config: LoopConfig, 
     assert recipe["base_model"] == "T"  # the recipe as read is not changed
 
 
+def test_stages_side_by_side_read_nothing_of_one_another(config: LoopConfig, tmp_path: Path) -> None:
+    planned = list(by_key(config, tmp_path).values())
+    assert [[(s.iteration, s.name) for s in wave] for wave in stages.waves(planned, 2)] == [
+        [(0, "evaluate"), (1, "generate")],
+        [(1, "distill")],
+        [(1, "reconstruct")],
+        [(1, "evaluate"), (2, "generate")],
+        [(2, "distill")],
+        [(2, "reconstruct")],
+        [(2, "evaluate")],
+    ]
+    assert list(stages.waves(planned, 1)) == [[stage] for stage in planned]
+    assert list(stages.waves([], 2)) == []
+
+
 def test_what_the_author_wrote_in_a_recipe_stays(config: LoopConfig, tmp_path: Path) -> None:
     written = read_recipes(config)
     for (_, name), stage in by_key(config, tmp_path).items():

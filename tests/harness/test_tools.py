@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,12 @@ def report_modules(note: str) -> None:
     Path(note).write_text(f"{' '.join(names)} {torch.cuda.is_initialized()} {os.environ['AXOLOTL_DO_NOT_TRACK']}")
 
 
+def forked(server: tools.Tools, function: Callable[..., None], *args: object, log: Path, **options: Any) -> tools.Usage:
+    """Run a function where a console script would be: in a fork of the preloaded server."""
+    settings = {"on_progress": None, "threads": None, **options}
+    return server._run(server._context, function, args, function.__name__, log, **settings)
+
+
 def test_a_console_script_runs_as_typed(server: tools.Tools, tmp_path: Path) -> None:
     usage = server.run(["mergekit-yaml", "--help"], tmp_path / "log.txt")
     assert "Usage: mergekit-yaml" in (tmp_path / "log.txt").read_text()
@@ -60,7 +68,7 @@ def test_nothing_reaches_the_terminal(server: tools.Tools, tmp_path: Path, capfd
 
 
 def test_the_tools_are_preloaded_quiet_and_off_the_gpu(server: tools.Tools, tmp_path: Path) -> None:
-    server.call(report_modules, str(tmp_path / "note"), log=tmp_path / "log.txt")
+    forked(server, report_modules, str(tmp_path / "note"), log=tmp_path / "log.txt")
     assert (tmp_path / "note").read_text() == "axolotl.cli.main lm_eval.evaluator mergekit.merge False 1"
 
 
@@ -79,7 +87,7 @@ def test_a_failure_says_why_and_where(server: tools.Tools, tmp_path: Path) -> No
 
 def test_a_killed_child_takes_nothing_with_it(server: tools.Tools, tmp_path: Path) -> None:
     with pytest.raises(tools.ToolError, match=r"killed by SIGKILL \(out of memory\?\)"):
-        server.call(die_of, int(signal.SIGKILL), log=tmp_path / "log.txt")
+        forked(server, die_of, int(signal.SIGKILL), log=tmp_path / "log.txt")
     server.call(speak, "still here", log=tmp_path / "log.txt")
 
 
@@ -93,7 +101,7 @@ def test_an_interrupt_ends_the_child_and_all_it_started(server: tools.Tools, tmp
     try:
         signal.setitimer(signal.ITIMER_REAL, 1.0)
         with pytest.raises(KeyboardInterrupt):
-            server.call(sleep_with_a_child, str(note), log=tmp_path / "log.txt")
+            forked(server, sleep_with_a_child, str(note), log=tmp_path / "log.txt")
     finally:
         signal.signal(signal.SIGALRM, before)
     deadline = time.monotonic() + 5
@@ -115,8 +123,48 @@ def test_progress_is_read_from_the_tool_s_own_bar(server: tools.Tools, tmp_path:
     log.write_bytes(b"  3%|#   | 3/100 [00:01<00:30]\r  4%|#   | 4/100 [00:01<00:30]\r")
     assert tools._progress(log, 0) == (4, 100)
     assert tools._progress(log, log.stat().st_size) is None  # an earlier command's bar is not this one's
-    server._run(tick, (), "tick", log, lambda done, total: seen.append((done, total)))
+    forked(server, tick, log=log, on_progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (3, 3)
+
+
+def note_threads(note: str) -> None:
+    import torch
+
+    Path(note).write_text(str(torch.get_num_threads()))
+
+
+def test_the_threads_of_a_command_are_what_was_asked(server: tools.Tools, tmp_path: Path) -> None:
+    forked(server, note_threads, str(tmp_path / "note"), log=tmp_path / "log.txt", threads=1)
+    assert (tmp_path / "note").read_text() == "1"
+
+
+def test_commands_from_several_threads_run_at_once_and_stop_at_once(server: tools.Tools, tmp_path: Path) -> None:
+    def nap(number: int) -> tools.Usage:
+        return forked(server, time.sleep, 1.0, log=tmp_path / f"{number}.txt")
+
+    begun, before = time.monotonic(), server.busy_s
+    with ThreadPoolExecutor(4) as pool:
+        walls = [usage.wall_s for usage in pool.map(nap, range(4))]
+    assert sum(walls) > 3.9
+    assert server.busy_s - before <= time.monotonic() - begun < sum(walls)
+
+
+def test_stop_ends_what_runs_and_lets_nothing_begin(tmp_path: Path) -> None:
+    with tools.Tools(tmp_path / "preload.log") as running, ThreadPoolExecutor(2) as pool:
+        pids = [tmp_path / "a", tmp_path / "b"]
+        ended = [
+            pool.submit(forked, running, sleep_with_a_child, str(note), log=note.with_suffix(".log")) for note in pids
+        ]
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not all(note.exists() and note.read_text() for note in pids):
+            time.sleep(0.05)
+        running.stop()
+        for future in ended:
+            with pytest.raises(tools.ToolError):
+                future.result()
+        with pytest.raises(tools.ToolError, match="stopped before it began"):
+            running.run(["mergekit-yaml", "--help"], tmp_path / "log.txt")
+        assert not any(alive(pid) for note in pids for pid in note.read_text().split())
 
 
 def tick() -> None:
