@@ -119,11 +119,18 @@ def test_one_live_view_on_a_terminal(tmp_path: Path) -> None:
     try:
         view.command(stage, 0, stage.commands[0])
         view.progress(stage, 3, 10)
+        other = stage._replace(name="generate", folder=stage.folder / "beside")
+        view.command(other, 0, stage.commands[0])
+        both = printed(view._picture())
+        for said in ("stage 1 of 13", "evaluate", "3/10", "generate"):
+            assert said in both
+        view.finished(other, {"stage": "generate", "wall_s": 3.2, "labels": {"closed": 9, "total": 9}})
         view.finished(stage, {"stage": "evaluate", "wall_s": 3.2, "rows": ROWS[2:3]})
         assert view.live is not None
         picture = printed(view._picture())
-        for said in ("stage 2 of 13", "iteration 1/3", "3/10", "last scores", "121/200"):
+        for said in ("stage 3 of 13", "last scores", "121/200"):
             assert said in picture
+        assert "3/10" not in picture
     finally:
         view.close()
     assert view.live is None
