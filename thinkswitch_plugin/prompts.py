@@ -7,6 +7,7 @@ imports nothing heavy, so that a bad file is reported before anything loads.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,10 @@ def _read_row(line: bytes, number: int) -> dict[str, Any]:
         raise ValueError(f"the row is not JSON ({reason}, column {getattr(error, 'colno', 1)}); {_SHAPE}") from error
     if not isinstance(row, dict):
         raise ValueError(f"the row is a {type(row).__name__}, not an object; {_SHAPE}")
-    return {"id": str(number if row.get("id") is None else row["id"]), "messages": _conversation(row)}
+    return {"id": str(number if row.get("id") is None else row["id"]), "messages": conversation(row)}
 
 
-def _conversation(row: dict[str, Any]) -> list[Message]:
+def conversation(row: Mapping[str, Any]) -> list[Message]:
     if "messages" in row:
         return _checked_messages(row["messages"])
     key = next((key for key in ("prompt", "problem") if key in row), None)

@@ -1,6 +1,6 @@
 """What a recipe may say under `trace_stripping:`, and nothing else.
 
-Knows: keys, defaults and their limits. Leaves to others: what the keys do (`trace`, `report`).
+Knows: the plugin's names, keys, defaults and their limits. Leaves to others: what the keys do (`trace`, `report`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS, split_trace
+
+DATASET_TYPE = "thinkswitch_plugin.trace_stripping"
+PLUGIN = f"{DATASET_TYPE}.TraceStrippingPlugin"
 
 
 class TraceStrippingConfig(BaseModel):

@@ -18,10 +18,13 @@ from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 
-from thinkswitch_plugin.trace_stripping.args import read_block
-from thinkswitch_plugin.trace_stripping.recipe import DATASET_TYPE, fingerprint, is_listed, stripped_entries
+from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed
+from thinkswitch_plugin.trace_stripping.args import DATASET_TYPE, PLUGIN, read_block
 from thinkswitch_plugin.trace_stripping.report import PREFIX
 from thinkswitch_plugin.trace_stripping.strategy import LOG
+
+# Part of every fingerprint: raise it when the same rows come out differently, so that no prepared set outlives that.
+OUTCOME_VERSION = 1
 
 
 class TraceStrippingPlugin(BasePlugin):
@@ -37,17 +40,17 @@ class TraceStrippingPlugin(BasePlugin):
             ValueError: no dataset has our type, or the `trace_stripping:` block is wrong; one line.
         """
         # The manager is shared by all recipes of a process, and this one may not be ours.
-        if not is_listed(cfg):
+        if not is_listed(cfg, PLUGIN):
             return
         config = read_block(cfg.get("trace_stripping"))
-        entries = stripped_entries(cfg)
+        entries = entries_of(cfg, DATASET_TYPE)
         if not entries:
             raise ValueError(
                 f"{PREFIX}: the plugin is listed but no dataset uses it; set `type: {DATASET_TYPE}` on a dataset "
                 "or remove the plugin"
             )
         for entry in entries:
-            entry["input_transform"] = f"{PREFIX} {fingerprint(entry, config)}"
+            entry["input_transform"] = f"{PREFIX} {fingerprint(entry, config, OUTCOME_VERSION)}"
 
     def get_input_args(self) -> str:
         """The model of the `trace_stripping:` block, by its import path."""

@@ -24,8 +24,8 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, Features, List, Value
 
-from thinkswitch_plugin.trace_stripping.args import TraceStrippingConfig, read_block
-from thinkswitch_plugin.trace_stripping.recipe import PLUGIN, is_listed
+from thinkswitch_plugin.recipe import is_listed
+from thinkswitch_plugin.trace_stripping.args import PLUGIN, TraceStrippingConfig, read_block
 from thinkswitch_plugin.trace_stripping.report import PREFIX, count
 from thinkswitch_plugin.trace_stripping.rows import TRAIN_FLAG, Layout, StrippedRow, strip_chat_row, strip_sample_row
 
@@ -138,7 +138,7 @@ def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any] | None = No
     """
     entry = {key: value for key, value in (ds_cfg or {}).items() if value is not None}
     path = str(entry.get("path", "dataset"))
-    if not is_listed(cfg):
+    if not is_listed(cfg, PLUGIN):
         raise ValueError(
             f"{PREFIX}: {path}: the recipe uses the dataset type but not the plugin, so its trace_stripping: block "
             f"would not be read; add `plugins: [{PLUGIN}]`"

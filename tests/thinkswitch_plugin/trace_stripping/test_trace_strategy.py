@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from thinkswitch_plugin.trace_stripping import TraceStrippingConfig, split_trace
-from thinkswitch_plugin.trace_stripping.recipe import PLUGIN
+from thinkswitch_plugin.trace_stripping.args import PLUGIN
 
 datasets.disable_progress_bars()
 TYPE = "thinkswitch_plugin.trace_stripping"

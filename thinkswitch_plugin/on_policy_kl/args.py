@@ -1,0 +1,128 @@
+"""What a recipe may say under `on_policy_kl:`, and nothing else.
+
+Knows: the plugin's names, keys, defaults and their limits. Leaves to others: what the keys do, and whether the teacher
+fits (`checks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DATASET_TYPE = "thinkswitch_plugin.on_policy_kl"
+PLUGIN = f"{DATASET_TYPE}.OnPolicyKLPlugin"
+SELF = "self"
+
+
+def _said(text: str) -> dict[str, Any]:
+    return {"description": text}
+
+
+class OnPolicyKLConfig(BaseModel):
+    """The `on_policy_kl:` block of a recipe; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    teacher: str = Field(
+        json_schema_extra=_said("A checkpoint (folder or hub id), or `self`: the student with its adapter off.")
+    )
+    teacher_load_in_4bit: bool = Field(
+        default=False, json_schema_extra=_said("Hold the teacher's linear layers in NF4 (bitsandbytes).")
+    )
+    context: Literal["prompt", "trace"] = Field(
+        default="prompt",
+        json_schema_extra=_said(
+            "What the teacher reads before the student's answer: the student's own prompt, or its own chat template's "
+            "prompt with its own reasoning trace."
+        ),
+    )
+    trace_max_new_tokens: int = Field(
+        default=2048, ge=1, json_schema_extra=_said("Longest trace the teacher writes where a row brings none.")
+    )
+    tags: tuple[str, str] = Field(
+        default=("<think>", "</think>"), json_schema_extra=_said("The opening and the closing tag of a trace.")
+    )
+    rollouts_per_prompt: int = Field(
+        default=1, ge=1, json_schema_extra=_said("Answers the student writes to each prompt of a batch.")
+    )
+    max_new_tokens: int = Field(default=512, ge=1, json_schema_extra=_said("Longest answer, its end token included."))
+    temperature: float = Field(
+        default=1.0, ge=0.0, json_schema_extra=_said("Of the student's sampler; 0 is greedy decoding.")
+    )
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, json_schema_extra=_said("Nucleus of the student's sampler."))
+    top_k: int = Field(default=0, ge=0, json_schema_extra=_said("Words the student's sampler may choose from; 0: all."))
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = Field(
+        default="reverse_kl", json_schema_extra=_said("KL(student ‖ teacher), KL(teacher ‖ student), or their mixture.")
+    )
+    beta: float = Field(
+        default=0.5, gt=0.0, lt=1.0, json_schema_extra=_said("Weight of the teacher in the mixture of `jsd`.")
+    )
+    estimator: Literal["full", "sampled"] = Field(
+        default="full",
+        json_schema_extra=_said(
+            "`full` sums over the vocabulary; `sampled` looks at the sampled token alone, importance-weighted."
+        ),
+    )
+    loss_chunk_tokens: int = Field(
+        default=64, ge=1, json_schema_extra=_said("Tokens taken to logits at once; sets the loss's memory.")
+    )
+    server: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        json_schema_extra=_said("Base URL of an OpenAI-compatible server (vLLM, SGLang) that writes the rollouts."),
+    )
+    server_model: str | None = Field(default=None, json_schema_extra=_said("The student's name at that server."))
+    show_every: int = Field(
+        default=0, ge=0, json_schema_extra=_said("Show three rollouts in colour every so many steps; 0: never.")
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> OnPolicyKLConfig:
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k or self.rollouts_per_prompt > 1):
+            raise ValueError(
+                "temperature 0 is greedy decoding, which leaves top_p, top_k and more than one rollout nothing to do; "
+                "set temperature above 0 or remove them"
+            )
+        if self.estimator == "sampled":
+            if self.divergence != "reverse_kl":
+                raise ValueError("estimator sampled estimates reverse_kl only; remove divergence or set estimator full")
+            if self.temperature != 1 or self.top_p < 1 or self.top_k:
+                raise ValueError(
+                    "estimator sampled needs tokens drawn as the student would: set temperature 1, top_p 1 and top_k 0"
+                )
+        if self.server and not self.server_model:
+            raise ValueError("server needs server_model, the student's name there")
+        if self.teacher == SELF and self.teacher_load_in_4bit:
+            raise ValueError("teacher self has no weights of its own to hold in 4 bits; remove teacher_load_in_4bit")
+        return self
+
+
+class OnPolicyKLArgs(BaseModel):
+    """What the plugin adds to Axolotl's own config model."""
+
+    on_policy_kl: OnPolicyKLConfig | None = Field(
+        default=None, json_schema_extra=_said("On-policy distillation: per-token KL on the student's own rollouts.")
+    )
+
+
+def read_block(block: Mapping[str, Any] | None) -> OnPolicyKLConfig:
+    """Read a recipe's `on_policy_kl:` block.
+
+    Args:
+        block: the block as YAML gave it, None where the recipe has none.
+
+    Returns:
+        The checked block, with defaults for what it leaves out.
+
+    Raises:
+        ValueError: one line that names every key that is wrong, and why.
+    """
+    try:
+        return OnPolicyKLConfig.model_validate({} if block is None else block)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, ('on_policy_kl', *fault['loc'])))}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ValueError(f"{faults} (keys: {', '.join(OnPolicyKLConfig.model_fields)})") from None

@@ -1,0 +1,83 @@
+"""Whether a recipe and its teacher can work, found out before any weight is loaded.
+
+Knows configs and tokenizers. Each check raises `ValueError` with one line: what, where, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
+
+# What the rollouts rule out, and what to do about it.
+REFUSED = {
+    "sample_packing": "rollouts are not packed; remove it",
+    "rl": "this plugin is the trainer; remove it",
+    "test_datasets": "there are no labels to evaluate against; score the checkpoint with lm_eval",
+    "streaming": "prompts are tokenised beforehand; remove it",
+    "context_parallel_size": "rollouts are not split over devices; remove it",
+}
+
+
+def check_recipe(cfg: Mapping[str, Any], entries: int, dataset_type: str) -> None:
+    """What the rest of a recipe must be like.
+
+    Args:
+        cfg: the recipe, not yet validated.
+        entries: how many of its datasets have our type.
+        dataset_type: that type.
+
+    Raises:
+        ValueError: a setting that does not go with rollouts, or a dataset of another type.
+    """
+    for key, why in REFUSED.items():
+        if cfg.get(key) and cfg[key] != 1:
+            raise ValueError(f"on_policy_kl: {key} is set: {why}")
+    if cfg.get("val_set_size"):
+        raise ValueError(f"on_policy_kl: val_set_size is set: {REFUSED['test_datasets']}")
+    if entries != len(cfg.get("datasets") or []) or not entries:
+        raise ValueError(f"on_policy_kl: every dataset needs `type: {dataset_type}`, and there must be one")
+
+
+def check_teacher(config: OnPolicyKLConfig, student: str) -> None:
+    """A teacher that is there and predicts the same words as the student.
+
+    Args:
+        config: the recipe's block.
+        student: the recipe's `base_model`.
+
+    Raises:
+        ValueError: the teacher is missing, or its vocabulary or its logits' width is another.
+    """
+    if config.teacher == SELF:
+        return
+    name = config.teacher
+    local = Path(name).is_dir()
+    if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"on_policy_kl: teacher {name}: no such folder, and not a hub id (owner/name) either")
+    try:
+        theirs = AutoConfig.from_pretrained(name).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"on_policy_kl: teacher {name}: cannot be read: {str(error).splitlines()[0]}") from None
+    ours = AutoConfig.from_pretrained(student).get_text_config()
+    if ours.vocab_size != theirs.vocab_size:
+        raise ValueError(
+            f"on_policy_kl: the student {student} predicts {ours.vocab_size} words and the teacher {name} "
+            f"{theirs.vocab_size}: use a teacher of the same family and size of vocabulary, padding included"
+        )
+    mine, other = AutoTokenizer.from_pretrained(student).get_vocab(), tokenizer.get_vocab()
+    if mine != other:
+        word = sorted(mine.items() ^ other.items())[0][0]
+        raise ValueError(
+            f"on_policy_kl: the tokenizers of {student} and the teacher {name} differ, in {word!r} for one: "
+            "token by token they cannot be compared; use a teacher of the same family"
+        )
+    if config.context == "trace" and tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"on_policy_kl: teacher {name}: its tokenizer has no padding token, needed to think in batches"
+        )

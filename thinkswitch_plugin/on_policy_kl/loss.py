@@ -1,0 +1,250 @@
+"""The divergence between student and teacher, token by token, over the whole vocabulary, in little memory.
+
+Knows tensors: hidden states, heads, the three divergences with their gradients, and the sampled estimator. Leaves to
+others: where hidden states come from (`scoring`), which tokens count and what the sum is divided by (`trainer`).
+
+Logits of N tokens over V words are N × V floats, for student and teacher, and autograd keeps several such tensors. Here
+a chunk of tokens is taken to logits, its divergence and the gradient of that with respect to the *student's hidden
+states* are computed at once, and the buffers are used again for the next chunk: 3 (reverse KL) or 4 of chunk × V
+floats, whatever N is. Floor: three matrix products a token (student's logits, teacher's logits, gradient), 2·H·V
+operations each; a fourth only if the head is trained.
+
+With z the student's logits, p = softmax(z), q the teacher's distribution, m = βq + (1-β)p (GKD, arXiv 2306.13649, §2):
+
+    reverse_kl   KL(p ‖ q) = Σ p (log p - log q)              d/dz = p ⊙ (g - Σ p g), g = log p - log q
+    forward_kl   KL(q ‖ p) = Σ q (log q - log p)              d/dz = p - q
+    jsd          β KL(q ‖ m) + (1-β) KL(p ‖ m)                d/dz = p ⊙ (g - Σ p g), g = (1-β) (log p - log m)
+    sampled      w (log p_a - log q_a) for the sampled a      d/dz = w (log p_a - log q_a) (1_a - p)
+
+`sampled` is the policy-gradient estimator of reverse KL: its value and its gradient have those of `reverse_kl` as
+their expectation over a ~ μ when w = p_a / μ_a, μ being what the sampler drew from.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
+CHUNK = 64  # tokens; at 152k words 3 × 39 MB, and the heads are read from memory once a chunk
+
+
+class Samples(NamedTuple):
+    """What the sampled estimator needs to know of N tokens.
+
+    Attributes:
+        tokens: int64 [N], the sampled token ids.
+        log_probs: float32 [N], the sampler's log μ(a), in nats; NaN where unknown, which counts as the student's own.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+
+
+class TokenLoss(NamedTuple):
+    """The sum to minimise and what is known of each token.
+
+    Attributes:
+        total: scalar with a gradient, the sum of the chosen divergence over the N tokens, in nats.
+        divergence: [N], no gradient: its summands.
+        reverse_kl: [N], no gradient: KL(student ‖ teacher), whatever is minimised.
+        student_entropy: [N], no gradient, in nats.
+        teacher_entropy: [N], no gradient, in nats.
+    """
+
+    total: Tensor
+    divergence: Tensor
+    reverse_kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+
+
+def token_loss(
+    student: Tensor,
+    student_head: Tensor,
+    teacher: Tensor,
+    teacher_head: Tensor,
+    divergence: Divergence = "reverse_kl",
+    beta: float = 0.5,
+    samples: Samples | None = None,
+    chunk: int = CHUNK,
+) -> TokenLoss:
+    """Sum a divergence over tokens, exactly, in chunks.
+
+    Args:
+        student: [N, H], the student's last hidden states at the positions that predict the N tokens; gets a gradient.
+        student_head: [V, H], the student's output weights; get a gradient only if they require one.
+        teacher: [N, K], the teacher's last hidden states; no gradient.
+        teacher_head: [V, K]; no gradient.
+        divergence: which one, see above.
+        beta: weight of the teacher in the mixture of `jsd`, strictly between 0 and 1.
+        samples: with it, the sampled estimator of reverse KL; `divergence` and `beta` are then not looked at.
+        chunk: tokens at once.
+
+    Returns:
+        The sum and its parts, in float32 (float64 if `student` is).
+
+    Raises:
+        ValueError: the vocabularies differ, or the tensors do not fit.
+    """
+    if student_head.shape[0] != teacher_head.shape[0]:
+        raise ValueError(
+            f"the student predicts {student_head.shape[0]} words and the teacher {teacher_head.shape[0]}: "
+            "their logits cannot be compared"
+        )
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"{student.shape[0]} tokens of the student against {teacher.shape[0]} of the teacher")
+    if divergence == "jsd" and not 0.0 < beta < 1.0:
+        raise ValueError(f"beta is {beta}: the mixture needs 0 < beta < 1; its ends are forward_kl and reverse_kl")
+    kind = "sampled" if samples is not None else divergence
+    tokens, log_probs = samples if samples is not None else (None, None)
+    return TokenLoss(
+        *_ChunkedLoss.apply(
+            student, student_head, teacher.detach(), teacher_head.detach(), tokens, log_probs, kind, beta, chunk
+        )
+    )
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Value and gradient in one pass; `backward` only scales what `forward` found."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        student_head: Tensor,
+        teacher: Tensor,
+        teacher_head: Tensor,
+        tokens: Tensor | None,
+        log_probs: Tensor | None,
+        kind: str,
+        beta: float,
+        chunk: int,
+    ) -> tuple[Tensor, ...]:
+        total, width = student.shape[0], student_head.shape[0]
+        exact = torch.float64 if student.dtype == torch.float64 else torch.float32
+        rows = min(chunk, total)
+        size = (4 if kind in ("forward_kl", "jsd") else 3, rows, width)
+        buffers = torch.empty(size, dtype=exact, device=student.device)
+        parts = torch.empty((4, total), dtype=exact, device=student.device)
+        want_student, want_head = ctx.needs_input_grad[:2]
+        grad_student = torch.empty_like(student) if want_student else None
+        grad_head = torch.zeros_like(student_head, dtype=exact) if want_head else None
+        for start in range(0, total, rows or 1):
+            end = min(start + rows, total)
+            work = buffers[:, : end - start]
+            _logits(student[start:end], student_head, work[0])
+            _logits(teacher[start:end], teacher_head, work[1])
+            if kind == "sampled":
+                assert tokens is not None
+                assert log_probs is not None
+                found = _sampled(work[0], work[1], work[2], tokens[start:end], log_probs[start:end])
+            elif kind == "reverse_kl":
+                found = _reverse_kl(work[0], work[1], work[2])
+            elif kind == "forward_kl":
+                found = _forward_kl(work[0], work[1], work[2], work[3])
+            else:
+                found = _jsd(work[0], work[1], work[2], work[3], beta)
+            gradient, *of_tokens = found
+            parts[:, start:end] = torch.stack(of_tokens)
+            if grad_student is not None:
+                if student_head.dtype == grad_student.dtype == exact:
+                    torch.mm(gradient, student_head, out=grad_student[start:end])
+                else:
+                    grad_student[start:end] = gradient.to(student_head.dtype) @ student_head
+            if grad_head is not None:
+                grad_head.addmm_(gradient.t(), student[start:end].to(exact))
+        ctx.grad_student, ctx.grad_head = grad_student, grad_head
+        ctx.head_dtype = student_head.dtype
+        values = parts.unbind()
+        ctx.mark_non_differentiable(*values)
+        return (parts[0].sum(), *values)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        scale = upstream[0]
+        grad_student = None if ctx.grad_student is None else ctx.grad_student.mul_(scale.to(ctx.grad_student.dtype))
+        grad_head = None if ctx.grad_head is None else ctx.grad_head.mul_(scale).to(ctx.head_dtype)
+        ctx.grad_student = ctx.grad_head = None  # scaled in place, so good for one backward only
+        return (grad_student, grad_head, *[None] * 7)
+
+
+def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
+    """hidden @ headᵀ into `out` [C, V], in the dtype of `out`."""
+    if hidden.dtype == head.dtype == out.dtype:
+        torch.mm(hidden, head.t(), out=out)
+    else:
+        out.copy_(hidden.to(head.dtype) @ head.t())
+
+
+def _log_softmax_(logits: Tensor, probs: Tensor) -> None:
+    """Turn logits [C, V] into log-probabilities in place and leave the probabilities in `probs`."""
+    logits.sub_(logits.amax(-1, keepdim=True))
+    total = torch.exp(logits, out=probs).sum(-1, keepdim=True)
+    probs.div_(total)
+    logits.sub_(total.log_())
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row inner products [C] of two [C, V], without a third [C, V]."""
+    return torch.bmm(left.unsqueeze(1), right.unsqueeze(2)).flatten()
+
+
+# Each of the following takes logits in its first two buffers [C, V], uses all of them, and gives the gradient with
+# respect to the student's logits [C, V] (one of the buffers), then [C] each: divergence, reverse KL, entropies.
+
+
+def _reverse_kl(student: Tensor, teacher: Tensor, probs: Tensor) -> tuple[Tensor, ...]:
+    _log_softmax_(teacher, probs)
+    teacher_entropy = _dot(probs, teacher).neg_()
+    _log_softmax_(student, probs)
+    student_entropy = _dot(probs, student).neg_()
+    gap = torch.sub(student, teacher, out=teacher)
+    value = _dot(probs, gap)
+    gradient = gap.sub_(value.unsqueeze(1)).mul_(probs)
+    return gradient, value, value, student_entropy, teacher_entropy
+
+
+def _forward_kl(student: Tensor, teacher: Tensor, probs: Tensor, others: Tensor) -> tuple[Tensor, ...]:
+    _log_softmax_(teacher, others)
+    teacher_entropy = _dot(others, teacher).neg_()
+    _log_softmax_(student, probs)
+    student_entropy = _dot(probs, student).neg_()
+    gap = torch.sub(student, teacher, out=teacher)
+    value, reverse = _dot(others, gap).neg_(), _dot(probs, gap)
+    return probs.sub_(others), value, reverse, student_entropy, teacher_entropy
+
+
+def _jsd(student: Tensor, teacher: Tensor, probs: Tensor, mixture: Tensor, beta: float) -> tuple[Tensor, ...]:
+    _log_softmax_(teacher, probs)
+    teacher_entropy = _dot(probs, teacher).neg_()
+    _log_softmax_(student, mixture)  # its probabilities are made again below: the buffer is needed for the mixture
+    torch.add(student, math.log1p(-beta), out=mixture)
+    torch.logaddexp(mixture, teacher.add_(math.log(beta)), out=mixture)
+    teacher.sub_(math.log(beta))
+    of_teacher = beta * (_dot(probs, teacher) - _dot(probs, mixture))
+    torch.exp(student, out=probs)
+    student_entropy = _dot(probs, student).neg_()
+    reverse = -student_entropy - _dot(probs, teacher)
+    gap = torch.sub(student, mixture, out=mixture)
+    of_student = _dot(probs, gap)
+    gradient = gap.sub_(of_student.unsqueeze(1)).mul_(probs).mul_(1 - beta)
+    return gradient, of_teacher + (1 - beta) * of_student, reverse, student_entropy, teacher_entropy
+
+
+def _sampled(student: Tensor, teacher: Tensor, probs: Tensor, tokens: Tensor, log_probs: Tensor) -> tuple[Tensor, ...]:
+    _log_softmax_(teacher, probs)
+    teacher_entropy = _dot(probs, teacher).neg_()
+    _log_softmax_(student, probs)
+    student_entropy = _dot(probs, student).neg_()
+    chosen = tokens.unsqueeze(1)
+    ours, theirs = student.gather(1, chosen).squeeze(1), teacher.gather(1, chosen).squeeze(1)
+    weight = torch.exp(ours - log_probs.to(ours.dtype)).nan_to_num(nan=1.0)
+    value = weight * (ours - theirs)
+    reverse = -student_entropy - _dot(probs, teacher)
+    gradient = probs.mul_(-value.unsqueeze(1))
+    gradient.scatter_add_(1, chosen, value.unsqueeze(1))
+    return gradient, value, reverse, student_entropy, teacher_entropy

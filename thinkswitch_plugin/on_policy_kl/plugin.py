@@ -1,0 +1,90 @@
+"""The Axolotl plugin: checks the recipe, and gives Axolotl the trainer, the collator and the teacher.
+
+Knows: Axolotl's hooks. Leaves to others: everything they call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+
+from thinkswitch_plugin.on_policy_kl.args import DATASET_TYPE, PLUGIN, read_block
+from thinkswitch_plugin.on_policy_kl.checks import check_recipe, check_teacher
+from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed
+
+# Part of every fingerprint: raise it when the same rows come out differently, so that no prepared set outlives that.
+OUTCOME_VERSION = 1
+
+
+class OnPolicyKLPlugin(BasePlugin):
+    """On-policy distillation for `plugins:` (GKD, arXiv 2306.13649)."""
+
+    def register(self, cfg: dict) -> None:
+        """Check what the recipe alone can tell, and put a fingerprint into each dataset entry of our type.
+
+        Args:
+            cfg: the recipe, not yet validated.
+
+        Raises:
+            ValueError: the `on_policy_kl:` block is wrong or does not go with another setting; one line.
+        """
+        # The manager is shared by all recipes of a process, and this one may not be ours.
+        if not is_listed(cfg, PLUGIN):
+            return
+        config = read_block(cfg.get("on_policy_kl"))
+        entries = entries_of(cfg, DATASET_TYPE)
+        check_recipe(cfg, len(entries), DATASET_TYPE)
+        for entry in entries:
+            entry["input_transform"] = f"on_policy_kl {fingerprint(entry, config, OUTCOME_VERSION)}"
+
+    def get_input_args(self) -> str:
+        """The model of the `on_policy_kl:` block, by its import path."""
+        return "thinkswitch_plugin.on_policy_kl.args.OnPolicyKLArgs"
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
+        """Before anything is loaded: the teacher must fit, and a CPU must be called one.
+
+        Axolotl puts a process's rank where a distributed run's device belongs, which no CPU has.
+        """
+        if not is_listed(cfg, PLUGIN):
+            return
+        check_teacher(read_block(cfg.on_policy_kl), str(cfg.base_model))
+        if not torch.accelerator.is_available():
+            cfg.device_map = {"": "cpu"}
+
+    def get_trainer_cls(self, cfg: DictDefault) -> type | None:
+        """Axolotl's trainer with rollouts."""
+        if not is_listed(cfg, PLUGIN):
+            return None
+        from thinkswitch_plugin.on_policy_kl.trainer import OnPolicyKLTrainer
+
+        return OnPolicyKLTrainer
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
+        """Keep the columns that are the teacher's."""
+        return {"remove_unused_columns": False} if is_listed(cfg, PLUGIN) else None
+
+    def get_collator_cls_and_kwargs(
+        self, cfg: DictDefault, is_eval: bool = False
+    ) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+        """Prompts stay lists until their answers are there."""
+        if not is_listed(cfg, PLUGIN):
+            return None
+        from thinkswitch_plugin.on_policy_kl.trainer import collate
+
+        return (lambda *_, **__: collate), {}
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
+        """Load the teacher and hand it to the trainer."""
+        if not is_listed(cfg, PLUGIN):
+            return
+        from thinkswitch_plugin.on_policy_kl.scoring import Teacher
+
+        config = read_block(cfg.on_policy_kl)
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        teacher = Teacher(config, student, trainer.processing_class, cfg.torch_dtype or torch.float32)
+        trainer.begin(config, teacher, trainer.processing_class)

@@ -1,0 +1,121 @@
+"""The student's own answers: what it samples, and how they are laid out for the loss.
+
+Knows generation and padding. Leaves to others: which prompts (`strategy`), what the teacher reads (`teacher`), the
+loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
+
+
+class Rollout(NamedTuple):
+    """One answer.
+
+    Attributes:
+        prompt: token ids as the student read them.
+        answer: token ids it wrote, with the end token where it wrote one.
+        truncated: it was cut at `max_new_tokens`.
+        log_probs: the sampler's log-probability of each answer token, in nats; None where it is the student itself at
+            temperature 1.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    truncated: bool
+    log_probs: list[float] | None = None
+
+
+class Sequences(NamedTuple):
+    """Prompts and answers as one batch, padded on the right.
+
+    Attributes:
+        input_ids: int64 [B, T].
+        attention_mask: int64 [B, T].
+        answers: bool [B, T], true on answer tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    answers: Tensor
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the generation config's, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [B, T], the rows' ends in line."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def sequences(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int) -> Sequences:
+    """Lay prompts and their answers side by side, padded on the right, on the CPU."""
+    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    attention, marks = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor([*prompt, *answer])
+        attention[row, :end] = 1
+        marks[row, len(prompt) : end] = True
+    return Sequences(ids, attention, marks)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig, pad: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Let a model continue prompts of mixed lengths, in one padded batch with its cache.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids.
+        settings: with `eos_token_id` and `max_new_tokens`.
+        pad: the id to pad with.
+
+    Returns:
+        The new tokens of each, up to and with the first end token, and whether each was cut before one.
+    """
+    ids, mask = left_padded(prompts, pad, model.device)
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
+    ends = set(settings.eos_token_id or [])
+    answers, cut = [], []
+    for row in out[:, ids.shape[1] :].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in ends), None)
+        answers.append(row[:end])
+        cut.append(end is None)
+    return answers, cut
+
+
+def sample(
+    model: PreTrainedModel, prompts: Sequence[list[int]], config: OnPolicyKLConfig, ends: list[int], pad: int
+) -> list[Rollout]:
+    """Let the student answer each prompt `rollouts_per_prompt` times; rollouts of one prompt are neighbours."""
+    drawn = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, "min_p": 0.0}
+    # `generate` fills what is left out from the checkpoint's own generation config, which is made for other ends.
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=config.temperature > 0,
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        use_cache=True,
+        **(drawn if config.temperature > 0 else {}),
+    )
+    repeated = [prompt for prompt in prompts for _ in range(config.rollouts_per_prompt)]
+    answers, cut = generate(model, repeated, settings, pad)
+    return [Rollout(*row) for row in zip(repeated, answers, cut, strict=True)]

@@ -1,0 +1,155 @@
+"""Hidden states at the answers' positions, of student and teacher, and the teacher's traces.
+
+Knows models: decoders, heads, adapters. Leaves to others: the loss on the hidden states (`loss`), when to score
+(`trainer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+
+from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
+from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, end_tokens, generate
+
+RESCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # models whose logits are not hidden @ headᵀ
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """The output weights [V, H] of a causal model, under an adapter or not.
+
+    Raises:
+        ValueError: if its logits are more than hidden states times a matrix, or the head itself has an adapter.
+    """
+    head = model.get_output_embeddings()
+    saved = getattr(head, "modules_to_save", None)
+    if isinstance(saved, nn.ModuleDict):  # peft keeps a trained copy of a whole layer
+        head = saved[head.active_adapter]
+    rescaled = [key for key in RESCALED if getattr(model.config, key, None) not in (None, 1, 1.0)]
+    if rescaled or getattr(head, "bias", None) is not None:
+        raise ValueError(f"{model.config.model_type}: its logits have a bias or {', '.join(RESCALED)}: not supported")
+    if hasattr(head, "base_layer"):
+        raise ValueError("the output layer has a LoRA adapter: take lm_head out of lora_target_modules")
+    weight: Tensor = head.weight
+    return weight
+
+
+def answer_states(model: nn.Module, bare: PreTrainedModel, batch: Sequences) -> Tensor:
+    """Run a model and keep its last hidden states at the positions that predict answer tokens.
+
+    Args:
+        model: what is called: the model itself, or the wrapper that a distributed run puts around it.
+        bare: the model inside, with its adapter if it has one.
+        batch: prompts and answers.
+
+    Returns:
+        [N, H], rows in the order of `batch.answers`.
+    """
+    seen: list[Tensor] = []
+    # The wrapper has to be called, and it ends in logits; the decoder's output is taken on the way.
+    hook = bare.get_decoder().register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state))
+    try:
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    (states,) = seen
+    return states[:, :-1][batch.answers[:, 1:]]
+
+
+class Teacher:
+    """A frozen model that scores the student's answers, and where asked thinks first."""
+
+    def __init__(self, config: OnPolicyKLConfig, student: PreTrainedModel, tokenizer: Any, dtype: torch.dtype):
+        """Load the teacher, or borrow the student's base.
+
+        Args:
+            config: the recipe's block.
+            student: with its adapter; the teacher goes to its device.
+            tokenizer: the student's, which is also that of `self`.
+            dtype: of the teacher's weights.
+
+        Raises:
+            ValueError: `self` without an adapter to turn off.
+        """
+        self.config = config
+        self._off: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._traces: dict[tuple[int, ...], list[int] | None] = {}
+        if config.teacher == SELF:
+            if not hasattr(student, "disable_adapter"):
+                raise ValueError("on_policy_kl: teacher self is the student without its adapter; set adapter: lora")
+            self.model, self.tokenizer, self._off = student, tokenizer, cast(PeftModel, student).disable_adapter
+            return
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        self.model = AutoModelForCausalLM.from_pretrained(
+            config.teacher,
+            dtype=dtype,
+            device_map={"": student.device},
+            quantization_config=quantized if config.teacher_load_in_4bit else None,
+            use_safetensors=True,
+        )
+        self.model.requires_grad_(False).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(config.teacher)
+
+    @contextmanager
+    def _awake(self) -> Iterator[PreTrainedModel]:
+        """The teacher's model as it is to be called: adapter and dropout off, no gradient."""
+        training = self.model.training
+        with torch.no_grad(), self._off():
+            self.model.eval()
+            try:
+                yield self.model
+            finally:
+                self.model.train(training)
+
+    @property
+    def head(self) -> Tensor:
+        """Its output weights [V, K]."""
+        with self._off():
+            return head_weight(self.model).detach()
+
+    def states(self, batch: Sequences) -> Tensor:
+        """Its last hidden states [N, K] at the positions that predict answer tokens."""
+        with self._awake() as model:
+            return answer_states(model, model, batch)
+
+    def think(self, prompts: Sequence[Sequence[int]]) -> list[list[int] | None]:
+        """Let the teacher write a trace after each prompt, once for each distinct prompt of a run.
+
+        Sampling is as its own generation config says. The trace keeps what lies between its closing tag and the
+        answer; one that never closes is None.
+        """
+        new = list(dict.fromkeys(tuple(prompt) for prompt in prompts if tuple(prompt) not in self._traces))
+        if new:
+            with self._awake() as model:
+                settings = GenerationConfig(
+                    max_new_tokens=self.config.trace_max_new_tokens,
+                    eos_token_id=end_tokens(model, self.tokenizer),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    use_cache=True,
+                )
+                written, _ = generate(model, new, settings, self.tokenizer.pad_token_id)
+            for prompt, tokens in zip(new, written, strict=True):
+                self._traces[prompt] = through_closing_tag(tokens, self.tokenizer, self.config.tags[1])
+        return [self._traces[tuple(prompt)] for prompt in prompts]
+
+
+def through_closing_tag(tokens: list[int], tokenizer: Any, tag: str) -> list[int] | None:
+    """The tokens up to and with the closing tag and the white space that follows, None where no tag closes."""
+    if tag not in tokenizer.decode(tokens):
+        return None
+    low, high = 0, len(tokens)  # the fewest tokens whose text holds the tag
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if tag in tokenizer.decode(tokens[:middle]) else (middle, high)
+    special = set(tokenizer.all_special_ids)
+    while high < len(tokens) and tokens[high] not in special and not tokenizer.decode([tokens[high]]).strip():
+        high += 1
+    return tokens[:high]

@@ -1,0 +1,235 @@
+"""One training step: the student answers, the teacher scores, the divergence goes down.
+
+    for each batch of prompts:
+        rollouts  = the student's answers                       (rollouts)
+        states    = the teacher's hidden states on them         (scoring)
+        loss      = Σ divergence / answer tokens of the step    (loss)
+
+On-policy distillation (GKD, arXiv 2306.13649; Thinking Machines Lab 2025); with the teacher reading a trace that the
+student does not see, as OPSD (arXiv 2601.18734) does with gold solutions: here the trace is the teacher's own.
+
+Knows the order of things and the Hugging Face trainer's hooks. Leaves the math and the models to the modules above.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.logging import get_logger
+from safetensors.torch import save_file
+from torch import Tensor
+
+from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
+from thinkswitch_plugin.on_policy_kl.loss import Samples, TokenLoss, token_loss
+from thinkswitch_plugin.on_policy_kl.rollouts import Rollout, Sequences, end_tokens, sample, sequences
+from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight
+from thinkswitch_plugin.on_policy_kl.view import show
+
+LOG = get_logger("axolotl.thinkswitch.on_policy_kl")  # Axolotl shows INFO of loggers under its own name only
+SHOWN = 3
+
+Batch = dict[str, Any]
+
+
+def collate(rows: list[Batch]) -> Batch:
+    """Rows of the prompt dataset as one batch of lists: the rollouts are padded later, prompts and answers together."""
+    return {key: [row[key] for row in rows] for key in ("input_ids", "teacher_input_ids", "teacher_thinks")}
+
+
+class Tally:
+    """Sums over a logging interval, from all micro-batches of this process."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self.sums: dict[str, float] = {}
+
+    def add(self, **values: float) -> None:
+        """Add to the sums."""
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """What is logged: nats a token, shares of rollouts, tokens a rollout, seconds a step."""
+        s = self.sums
+        tokens, rollouts, steps = (max(1.0, s.get(key, 0.0)) for key in ("tokens", "rollouts", "steps"))
+        per = {"kl": tokens, "loss": tokens, "student_entropy": tokens, "teacher_entropy": tokens}
+        per |= {"truncated": rollouts, "length": rollouts, "rollout_s": steps, "teacher_s": steps, "update_s": steps}
+        result = {f"opd/{key}": s.get(key, 0.0) / by for key, by in per.items()}
+        return {**result, "opd/empty": s.get("empty", 0.0), "opd/no_trace": s.get("no_trace", 0.0)}
+
+
+class OnPolicyKLTrainer(AxolotlTrainer):
+    """Axolotl's trainer with rollouts in place of labels; `begin` gives it the teacher."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """As Axolotl's."""
+        super().__init__(*args, **kwargs)
+        # The loss is divided by the step's tokens here, not by the number of micro-batches there.
+        self.model_accepts_loss_kwargs = True
+
+    def begin(self, config: OnPolicyKLConfig, teacher: Teacher, tokenizer: Any) -> None:
+        """Get ready to train.
+
+        Args:
+            config: the recipe's block.
+            teacher: loaded.
+            tokenizer: the student's.
+        """
+        self.opd, self.teacher, self.tokenizer = config, teacher, tokenizer
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.ends = end_tokens(self.accelerator.unwrap_model(self.model), tokenizer)
+        self.tally = Tally()
+        self._shown = 0  # the last step whose rollouts were shown
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The micro-batches of one step with their rollouts, and the answer tokens in all of them, on all processes."""
+        prompts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        begun = time.monotonic()
+        batches = [self.roll_out(batch) for batch in prompts]
+        self.tally.add(rollout_s=time.monotonic() - begun, steps=1)
+        local = torch.tensor(sum(int(batch["answers"].sum()) for batch in batches), device=device)
+        return batches, self.accelerator.gather(local).sum()
+
+    def roll_out(self, batch: Batch) -> Batch:
+        """Let the student answer a micro-batch, and lay the answers out for both models.
+
+        Rollouts without a token and, where the teacher should think and does not come to an end, all of a prompt's are
+        left out and counted.
+        """
+        contexts = self.contexts(batch)
+        prompts = [(ids, context) for ids, context in zip(batch["input_ids"], contexts, strict=True) if context]
+        rollouts: list[Rollout] = []
+        if prompts:
+            student = self.accelerator.unwrap_model(self.model)
+            student.eval()
+            rollouts = sample(student, [ids for ids, _ in prompts], self.opd, self.ends, self.pad)
+            student.train()
+        theirs = [context for _, context in prompts for _ in range(self.opd.rollouts_per_prompt)]
+        kept = [
+            (roll, context) for roll, context in zip(rollouts, theirs, strict=True) if set(roll.answer) - set(self.ends)
+        ]
+        self.tally.add(
+            rollouts=len(rollouts),
+            truncated=sum(roll.truncated for roll in rollouts),
+            length=sum(len(roll.answer) for roll in rollouts),
+            empty=len(rollouts) - len(kept),
+            no_trace=sum(context is None for context in contexts),
+        )
+        # Every process has to take part in every backward, so an empty batch still has a row: one without an answer.
+        nothing = [(Rollout(batch["input_ids"][0], [], False), batch["input_ids"][0])]
+        kept = kept or nothing
+        answers = [roll.answer for roll, _ in kept]
+        student_side = sequences([roll.prompt for roll, _ in kept], answers, self.pad)
+        teacher_side = sequences([context for _, context in kept], answers, self.pad)
+        return {
+            **student_side._asdict(),
+            **{f"teacher_{key}": value for key, value in teacher_side._asdict().items()},
+            "log_probs": torch.tensor([value for roll, _ in kept for value in self.log_probs(roll)]),
+        }
+
+    def log_probs(self, roll: Rollout) -> list[float]:
+        """The sampler's log-probabilities of a rollout, NaN where it is the student's own."""
+        return roll.log_probs or [float("nan")] * len(roll.answer)
+
+    def contexts(self, batch: Batch) -> list[list[int] | None]:
+        """What the teacher reads before each answer; None where it should have thought and came to no end."""
+        contexts: list[list[int] | None] = list(batch["teacher_input_ids"])
+        open_ = [row for row, thinks in enumerate(batch["teacher_thinks"]) if thinks]
+        for row, trace in zip(
+            open_, self.teacher.think([batch["teacher_input_ids"][row] for row in open_]), strict=True
+        ):
+            contexts[row] = None if trace is None else [*batch["teacher_input_ids"][row], *trace]
+        return contexts
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The micro-batch's share of the step's token mean.
+
+        Raises:
+            ValueError: the loss is not a number; the batch is saved beside the checkpoints first.
+        """
+        batch = Sequences(*(inputs[key] for key in Sequences._fields))
+        begun = time.monotonic()
+        theirs = self.teacher.states(Sequences(*(inputs[f"teacher_{key}"] for key in Sequences._fields)))
+        teacher_head = self.teacher.head
+        scored = time.monotonic()
+        student = self.accelerator.unwrap_model(model)
+        ours = answer_states(model, student, batch)
+        tokens = batch.input_ids[batch.answers]
+        loss = token_loss(
+            ours,
+            head_weight(student),
+            theirs,
+            teacher_head,
+            self.opd.divergence,
+            self.opd.beta,
+            Samples(tokens, inputs["log_probs"]) if self.opd.estimator == "sampled" else None,
+            self.opd.loss_chunk_tokens,
+        )
+        if not bool(torch.isfinite(loss.total)):
+            step = self.state.global_step + 1
+            raise ValueError(
+                f"on_policy_kl: the loss is not a number at step {step}; its batch is in {self.keep(inputs)}"
+            )
+        self.note(batch, loss, scored - begun)
+        count = torch.as_tensor(num_items_in_batch if num_items_in_batch is not None else len(tokens)).clamp(min=1)
+        # A distributed run takes the mean over processes; the count is over all of them.
+        return loss.total * self.accelerator.num_processes / count.to(loss.total.device)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As the trainer's, timed: what is not the teacher's is the update."""
+        begun, teacher = time.monotonic(), self.tally.sums.get("teacher_s", 0.0)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.tally.add(update_s=time.monotonic() - begun - (self.tally.sums["teacher_s"] - teacher))
+        return loss
+
+    def note(self, batch: Sequences, loss: TokenLoss, teacher_s: float) -> None:
+        """Keep what is logged, and show a few rollouts when it is time."""
+        self.tally.add(
+            tokens=loss.reverse_kl.numel(),
+            kl=float(loss.reverse_kl.sum()),
+            loss=float(loss.divergence.sum()),
+            student_entropy=float(loss.student_entropy.sum()),
+            teacher_entropy=float(loss.teacher_entropy.sum()),
+            teacher_s=teacher_s,
+        )
+        step = self.state.global_step + 1
+        if (
+            self.opd.show_every
+            and step % self.opd.show_every == 0
+            and step != self._shown
+            and self.is_world_process_zero()
+        ):
+            self._shown = step
+            show(self.tokenizer, batch, loss.reverse_kl, step, Path(self.args.output_dir), SHOWN)
+
+    def keep(self, inputs: Batch) -> Path:
+        """Save a batch for a look, and say where."""
+        path = (
+            Path(self.args.output_dir)
+            / f"bad_batch_step_{self.state.global_step + 1}_rank_{self.args.process_index}.safetensors"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.detach().cpu().contiguous() for key, value in inputs.items()}, path)
+        return path
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the interval's means to what is logged."""
+        if "loss" in logs:
+            logs.update({key: round(value, 5) for key, value in self.tally.means().items()})
+            self.tally = Tally()
+        super().log(logs, start_time)
