@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.loss import Samples, TokenLoss, token_loss
-from thinkswitch_plugin.on_policy_kl.rollouts import Rollout, Sequences, end_tokens, sample, sequences
+from thinkswitch_plugin.on_policy_kl.rollouts import Rollout, Sequences, end_tokens, left_padded, sample, sequences
 from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight
 from thinkswitch_plugin.on_policy_kl.view import show
 
@@ -109,7 +109,13 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         if prompts:
             student = self.accelerator.unwrap_model(self.model)
             student.eval()
-            rollouts = sample(student, [ids for ids, _ in prompts], self.opd, self.ends, self.pad)
+            try:
+                rollouts = sample(student, [ids for ids, _ in prompts], self.opd, self.ends, self.pad)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):  # what sampling from nothing but NaN ends in
+                    raise
+                ids, mask = left_padded([ids for ids, _ in prompts], self.pad, torch.device("cpu"))
+                self.fail("the student's predictions are not numbers", {"input_ids": ids, "attention_mask": mask})
             student.train()
         theirs = [context for _, context in prompts for _ in range(self.opd.rollouts_per_prompt)]
         kept = [
@@ -179,10 +185,7 @@ class OnPolicyKLTrainer(AxolotlTrainer):
             self.opd.loss_chunk_tokens,
         )
         if not bool(torch.isfinite(loss.total)):
-            step = self.state.global_step + 1
-            raise ValueError(
-                f"on_policy_kl: the loss is not a number at step {step}; its batch is in {self.keep(inputs)}"
-            )
+            self.fail("the loss is not a number", inputs)
         self.note(batch, loss, scored - begun)
         count = torch.as_tensor(num_items_in_batch if num_items_in_batch is not None else len(tokens)).clamp(min=1)
         # A distributed run takes the mean over processes; the count is over all of them.
@@ -217,15 +220,13 @@ class OnPolicyKLTrainer(AxolotlTrainer):
             self._shown = step
             show(self.tokenizer, batch, loss.reverse_kl, step, Path(self.args.output_dir), SHOWN)
 
-    def keep(self, inputs: Batch) -> Path:
-        """Save a batch for a look, and say where."""
-        path = (
-            Path(self.args.output_dir)
-            / f"bad_batch_step_{self.state.global_step + 1}_rank_{self.args.process_index}.safetensors"
-        )
+    def fail(self, what: str, batch: dict[str, Tensor]) -> NoReturn:
+        """Save a batch beside the checkpoints, and stop the run."""
+        step = self.state.global_step + 1
+        path = Path(self.args.output_dir) / f"bad_batch_step_{step}_rank_{self.args.process_index}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.detach().cpu().contiguous() for key, value in inputs.items()}, path)
-        return path
+        save_file({key: value.detach().cpu().contiguous() for key, value in batch.items()}, path)
+        raise ValueError(f"on_policy_kl: {what} at step {step}; its batch is in {path}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the interval's means to what is logged."""

@@ -1,0 +1,121 @@
+"""Hidden states where answers are predicted, and the teachers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
+from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, sequences
+from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight, through_closing_tag
+
+
+@pytest.fixture
+def batch() -> Sequences:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(10, 250, (n,), generator=generator).tolist() for n in (5, 9, 3, 4, 1, 6)]
+    return sequences(rows[:3], rows[3:], pad=0)
+
+
+def with_adapter(model: Any) -> Any:
+    """The model with a LoRA adapter that is not zero."""
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5)
+    return get_peft_model(copy.deepcopy(model), config)
+
+
+def test_states_times_head_are_the_logits_that_predict_the_answers(pair: Any, batch: Sequences) -> None:
+    model = pair["instruct"]
+    with torch.no_grad():
+        states = answer_states(model, model, batch)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    rows = [logits[row, at - 1] for row, at in batch.answers.nonzero().tolist()]
+    torch.testing.assert_close(states @ head_weight(model).t(), torch.stack(rows), rtol=1e-5, atol=1e-5)
+    assert len(states) == batch.answers.sum()
+
+
+def test_padding_changes_nothing(pair: Any, batch: Sequences) -> None:
+    model = pair["instruct"]
+    with torch.no_grad():
+        together = answer_states(model, model, batch)
+        alone = []
+        for ids, real, answer in zip(*batch, strict=True):
+            width = int(real.sum())
+            alone.append(answer_states(model, model, Sequences(*(part[None, :width] for part in (ids, real, answer)))))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_self_is_the_base_without_the_adapter_or_a_second_copy(pair: Any, tokenizer: Any, batch: Sequences) -> None:
+    student = with_adapter(pair["instruct"]).train()
+    before = sum(parameter.numel() for parameter in student.parameters())
+    teacher = Teacher(OnPolicyKLConfig(teacher="self"), student, tokenizer, torch.float32)
+    with torch.no_grad():
+        expected = answer_states(pair["instruct"], pair["instruct"], batch)
+        ours = answer_states(student.eval(), student, batch)
+    states = teacher.states(batch)
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+    assert not states.requires_grad
+    assert (ours - expected).abs().max() > 0.01  # with the adapter it is another model
+    student.train()
+    teacher.states(batch)
+    assert student.training
+    assert teacher.model is student
+    assert sum(parameter.numel() for parameter in student.parameters()) == before
+
+
+def test_self_needs_an_adapter(pair: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="set adapter: lora"):
+        Teacher(OnPolicyKLConfig(teacher="self"), pair["instruct"], tokenizer, torch.float32)
+
+
+def test_a_checkpoint_in_four_bits_is_near_the_one_in_full(pair: Any, tokenizer: Any, recipes: Path) -> None:
+    batch = sequences([tokenizer("Compute 24+26.")["input_ids"]], [tokenizer("50")["input_ids"]], pad=0)
+    states = []
+    for four_bits in (False, True):
+        config = OnPolicyKLConfig(teacher=str(recipes / "mini/thinking"), teacher_load_in_4bit=four_bits)
+        teacher = Teacher(config, pair["instruct"], tokenizer, torch.float32)
+        assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+        assert teacher.head.shape[0] == pair["instruct"].config.vocab_size
+        states.append(teacher.states(batch))
+    assert torch.nn.functional.cosine_similarity(*states).min() > 0.8
+    assert not torch.equal(*states)
+
+
+def test_the_teacher_thinks_once_a_prompt(pair: Any, tokenizer: Any, recipes: Path) -> None:
+    config = OnPolicyKLConfig(teacher=str(recipes / "mini/thinking"), context="trace", trace_max_new_tokens=96)
+    teacher = Teacher(config, pair["instruct"], tokenizer, torch.float32)
+    teacher.model.generation_config.do_sample = False
+    prompts = [
+        teacher.tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"Compute {sum_}."}], add_generation_prompt=True, return_dict=False
+        )
+        for sum_ in ("24+26+28", "38-10+20")
+    ]
+    first = teacher.think([*prompts, prompts[0]])
+    texts = [tokenizer.decode(trace) for trace in first if trace]
+    assert len(texts) == 3
+    assert texts[0].startswith("24+26=50")
+    assert all(text.endswith("</think>\n\n") for text in texts)
+    assert first[0] == first[2]
+    teacher.model.generation_config.do_sample = True  # a second asking is answered from memory
+    assert teacher.think(prompts) == first[:2]
+
+
+def test_a_trace_that_never_closes_is_none(tokenizer: Any) -> None:
+    ids = tokenizer("24+26=50\n50", add_special_tokens=False)["input_ids"]
+    assert through_closing_tag(ids, tokenizer, "</think>") is None
+    assert through_closing_tag([], tokenizer, "</think>") is None
+
+
+@pytest.mark.parametrize("after", ["", "\n", "\n\n"])
+def test_a_trace_ends_with_its_tag_and_white_space(tokenizer: Any, after: str) -> None:
+    text = f"24+26=50\n</think>{after}"
+    ids = tokenizer(f"{text}\\boxed{{50}}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    kept = through_closing_tag(ids, tokenizer, "</think>")
+    assert kept is not None
+    assert tokenizer.decode(kept) == text
+    assert ids[: len(kept)] == kept
