@@ -66,7 +66,7 @@ class OnPolicyKLConfig(BaseModel):
         ),
     )
     loss_chunk_tokens: int = Field(
-        default=64, ge=1, json_schema_extra=_said("Tokens taken to logits at once; sets the loss's memory.")
+        default=128, ge=1, json_schema_extra=_said("Tokens taken to logits at once; sets the loss's memory.")
     )
     server: str | None = Field(
         default=None,
