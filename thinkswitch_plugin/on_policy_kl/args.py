@@ -47,6 +47,11 @@ class OnPolicyKLConfig(BaseModel):
     rollouts_per_prompt: int = Field(
         default=1, ge=1, json_schema_extra=_said("Answers the student writes to each prompt of a batch.")
     )
+    rollout_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        json_schema_extra=_said("Answers written at once; all of a step's, if their key-value cache fits the memory."),
+    )
     max_new_tokens: int = Field(default=512, ge=1, json_schema_extra=_said("Longest answer, its end token included."))
     temperature: float = Field(
         default=1.0, ge=0.0, json_schema_extra=_said("Of the student's sampler; 0 is greedy decoding.")
@@ -65,8 +70,10 @@ class OnPolicyKLConfig(BaseModel):
             "`full` sums over the vocabulary; `sampled` looks at the sampled token alone, importance-weighted."
         ),
     )
-    loss_chunk_tokens: int = Field(
-        default=128, ge=1, json_schema_extra=_said("Tokens taken to logits at once; sets the loss's memory.")
+    loss_chunk_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        json_schema_extra=_said("Tokens taken to logits at once, which sets the loss's memory; as many as fit 160 MB."),
     )
     server: str | None = Field(
         default=None,

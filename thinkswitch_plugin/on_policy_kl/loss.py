@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
-CHUNK = 128  # tokens taken to logits at once; at 152k words 2 × 78 MB
-STRIP = 8  # tokens from logits to gradients at once; at 152k words 5 MB of scratch
+CHUNK = 20_000_000  # logits at once: 128 tokens of 152k words, 2 × 80 MB
+STRIP = 1_200_000  # logits turned into gradients at once: 8 such tokens, 2 × 5 MB of scratch
 
 
 class Samples(NamedTuple):
@@ -72,7 +72,7 @@ def token_loss(
     divergence: Divergence = "reverse_kl",
     beta: float = 0.5,
     samples: Samples | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> TokenLoss:
     """Sum a divergence over tokens, exactly, in chunks.
 
@@ -84,7 +84,7 @@ def token_loss(
         divergence: which one, see above.
         beta: weight of the teacher in the mixture of `jsd`, strictly between 0 and 1.
         samples: with it, the sampled estimator of reverse KL; `divergence` and `beta` are then not looked at.
-        chunk: tokens at once.
+        chunk: tokens taken to logits at once; None for as many as make 160 MB of float32.
 
     Returns:
         The sum and its parts, in float32 (float64 if `student` is).
@@ -124,13 +124,14 @@ class _ChunkedLoss(torch.autograd.Function):
         log_probs: Tensor | None,
         kind: str,
         beta: float,
-        chunk: int,
+        chunk: int | None,
     ) -> tuple[Tensor, ...]:
         total, width = student.shape[0], student_head.shape[0]
         exact = torch.float64 if student.dtype == torch.float64 else torch.float32
-        rows = min(chunk, total)
+        rows = min(chunk or max(1, CHUNK // width), total)
+        step = min(max(1, STRIP // width), max(1, rows))
         buffers = torch.empty((2, rows, width), dtype=exact, device=student.device)
-        scratch = torch.empty((2, min(STRIP, rows), width), dtype=exact, device=student.device)
+        scratch = torch.empty((2, step, width), dtype=exact, device=student.device)
         parts = torch.empty((4, total), dtype=exact, device=student.device)
         want_student, want_head = ctx.needs_input_grad[:2]
         grad_student = torch.empty_like(student) if want_student else None
@@ -140,8 +141,8 @@ class _ChunkedLoss(torch.autograd.Function):
             ours, theirs = buffers[0, : end - start], buffers[1, : end - start]
             _logits(student[start:end], student_head, ours)
             _logits(teacher[start:end], teacher_head, theirs)
-            for top in range(start, end, STRIP):
-                strip = slice(top, min(top + STRIP, end))
+            for top in range(start, end, step):
+                strip = slice(top, min(top + step, end))
                 here = slice(strip.start - start, strip.stop - start)
                 free = scratch[:, : strip.stop - strip.start]
                 work = (ours[here], theirs[here], free[0], free[1])

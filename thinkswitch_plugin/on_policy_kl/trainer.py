@@ -13,6 +13,7 @@ Knows the order of things and the Hugging Face trainer's hooks. Leaves the math 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +34,15 @@ from thinkswitch_plugin.on_policy_kl.view import show
 LOG = get_logger("axolotl.thinkswitch.on_policy_kl")  # Axolotl shows INFO of loggers under its own name only
 SHOWN = 3
 
+COLUMNS = ("input_ids", "teacher_input_ids", "teacher_thinks")  # of the prompt dataset
+
 Batch = dict[str, Any]
+Scored = tuple[Rollout, list[int]]  # an answer, and what the teacher reads before it
 
 
 def collate(rows: list[Batch]) -> Batch:
     """Rows of the prompt dataset as one batch of lists: the rollouts are padded later, prompts and answers together."""
-    return {key: [row[key] for row in rows] for key in ("input_ids", "teacher_input_ids", "teacher_thinks")}
+    return {key: [row[key] for row in rows] for key in COLUMNS}
 
 
 class Tally:
@@ -92,35 +96,38 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         """The micro-batches of one step with their rollouts, and the answer tokens in all of them, on all processes."""
         prompts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         begun = time.monotonic()
-        batches = [self.roll_out(batch) for batch in prompts]
+        pairs = self.roll_out({key: [row for batch in prompts for row in batch[key]] for key in COLUMNS})
+        batches = self.split(pairs, len(prompts), prompts[0]["input_ids"][0]) if prompts else []
         self.tally.add(rollout_s=time.monotonic() - begun, steps=1)
         local = torch.tensor(sum(int(batch["answers"].sum()) for batch in batches), device=device)
         return batches, self.accelerator.gather(local).sum()
 
-    def roll_out(self, batch: Batch) -> Batch:
-        """Let the student answer a micro-batch, and lay the answers out for both models.
+    def roll_out(self, rows: Batch) -> list[Scored]:
+        """Let the student answer all of a step's prompts, and pair each answer with what the teacher reads before it.
 
-        Rollouts without a token and, where the teacher should think and does not come to an end, all of a prompt's are
-        left out and counted.
+        Decoding is bound by latency and holds no gradients, so it takes the whole step at once, or
+        `rollout_batch_size`. Rollouts without a token and, where the teacher should think and does not come to an end,
+        all of a prompt's are left out and counted.
         """
-        contexts = self.contexts(batch)
-        prompts = [(ids, context) for ids, context in zip(batch["input_ids"], contexts, strict=True) if context]
+        contexts = self.contexts(rows)
+        asked = [(ids, context) for ids, context in zip(rows["input_ids"], contexts, strict=True) if context]
+        size = max(1, (self.opd.rollout_batch_size or len(rows["input_ids"])) // self.opd.rollouts_per_prompt)
+        student = self.accelerator.unwrap_model(self.model)
+        student.eval()
         rollouts: list[Rollout] = []
-        if prompts:
-            student = self.accelerator.unwrap_model(self.model)
-            student.eval()
+        for start in range(0, len(asked), size):
+            prompts = [ids for ids, _ in asked[start : start + size]]
             try:
-                rollouts = sample(student, [ids for ids, _ in prompts], self.opd, self.ends, self.pad)
+                rollouts += sample(student, prompts, self.opd, self.ends, self.pad)
             except RuntimeError as error:
                 if "probability tensor" not in str(error):  # what sampling from nothing but NaN ends in
                     raise
-                ids, mask = left_padded([ids for ids, _ in prompts], self.pad, torch.device("cpu"))
+                ids, mask = left_padded(prompts, self.pad, torch.device("cpu"))
                 self.fail("the student's predictions are not numbers", {"input_ids": ids, "attention_mask": mask})
-            student.train()
-        theirs = [context for _, context in prompts for _ in range(self.opd.rollouts_per_prompt)]
-        kept = [
-            (roll, context) for roll, context in zip(rollouts, theirs, strict=True) if set(roll.answer) - set(self.ends)
-        ]
+        student.train()
+        theirs = [context for _, context in asked for _ in range(self.opd.rollouts_per_prompt)]
+        pairs = zip(rollouts, theirs, strict=True)
+        kept = [(roll, context) for roll, context in pairs if set(roll.answer) - set(self.ends)]
         self.tally.add(
             rollouts=len(rollouts),
             truncated=sum(roll.truncated for roll in rollouts),
@@ -128,30 +135,39 @@ class OnPolicyKLTrainer(AxolotlTrainer):
             empty=len(rollouts) - len(kept),
             no_trace=sum(context is None for context in contexts),
         )
-        # Every process has to take part in every backward, so an empty batch still has a row: one without an answer.
-        nothing = [(Rollout(batch["input_ids"][0], [], False), batch["input_ids"][0])]
-        kept = kept or nothing
-        answers = [roll.answer for roll, _ in kept]
-        student_side = sequences([roll.prompt for roll, _ in kept], answers, self.pad)
-        teacher_side = sequences([context for _, context in kept], answers, self.pad)
-        return {
-            **student_side._asdict(),
-            **{f"teacher_{key}": value for key, value in teacher_side._asdict().items()},
-            "log_probs": torch.tensor([value for roll, _ in kept for value in self.log_probs(roll)]),
-        }
+        return kept
 
-    def log_probs(self, roll: Rollout) -> list[float]:
-        """The sampler's log-probabilities of a rollout, NaN where it is the student's own."""
-        return roll.log_probs or [float("nan")] * len(roll.answer)
+    def split(self, pairs: list[Scored], count: int, spare: list[int]) -> list[Batch]:
+        """Lay rollouts out in `count` micro-batches, of like lengths each: the step's loss is one sum, however cut.
 
-    def contexts(self, batch: Batch) -> list[list[int] | None]:
+        Every process has to take part in every backward, so a micro-batch that would be empty gets a row without an
+        answer, the prompt `spare`.
+        """
+        pairs = sorted(pairs, key=lambda pair: (len(pair[1]) + len(pair[0].answer), len(pair[0].prompt)))
+        size = max(1, math.ceil(len(pairs) / count))
+        batches = []
+        for start in range(0, count * size, size):
+            mine = pairs[start : start + size] or [(Rollout(spare, [], False), spare)]
+            answers = [roll.answer for roll, _ in mine]
+            ours = sequences([roll.prompt for roll, _ in mine], answers, self.pad)
+            theirs = sequences([context for _, context in mine], answers, self.pad)
+            known = [roll.log_probs or [math.nan] * len(roll.answer) for roll, _ in mine]
+            batches.append(
+                {
+                    **ours._asdict(),
+                    **{f"teacher_{key}": value for key, value in theirs._asdict().items()},
+                    "log_probs": torch.tensor([value for values in known for value in values]),
+                }
+            )
+        return batches
+
+    def contexts(self, rows: Batch) -> list[list[int] | None]:
         """What the teacher reads before each answer; None where it should have thought and came to no end."""
-        contexts: list[list[int] | None] = list(batch["teacher_input_ids"])
-        open_ = [row for row, thinks in enumerate(batch["teacher_thinks"]) if thinks]
-        for row, trace in zip(
-            open_, self.teacher.think([batch["teacher_input_ids"][row] for row in open_]), strict=True
-        ):
-            contexts[row] = None if trace is None else [*batch["teacher_input_ids"][row], *trace]
+        contexts: list[list[int] | None] = list(rows["teacher_input_ids"])
+        open_ = [row for row, thinks in enumerate(rows["teacher_thinks"]) if thinks]
+        traces = self.teacher.think([rows["teacher_input_ids"][row] for row in open_])
+        for row, trace in zip(open_, traces, strict=True):
+            contexts[row] = None if trace is None else [*rows["teacher_input_ids"][row], *trace]
         return contexts
 
     def compute_loss(
