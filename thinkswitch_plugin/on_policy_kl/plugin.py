@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
+from transformers import set_seed
 
 from thinkswitch_plugin.on_policy_kl.args import DATASET_TYPE, PLUGIN, read_block
 from thinkswitch_plugin.on_policy_kl.checks import check_recipe, check_teacher
@@ -55,6 +56,11 @@ class OnPolicyKLPlugin(BasePlugin):
         check_teacher(read_block(cfg.on_policy_kl), str(cfg.base_model))
         if not torch.accelerator.is_available():
             cfg.device_map = {"": "cpu"}
+
+    def pre_lora_load(self, cfg: DictDefault, model: Any) -> None:
+        """Set the recipe's seed: Axolotl draws an adapter's first weights before its trainer does."""
+        if is_listed(cfg, PLUGIN) and cfg.seed is not None:
+            set_seed(cfg.seed)
 
     def get_trainer_cls(self, cfg: DictDefault) -> type | None:
         """Axolotl's trainer with rollouts."""

@@ -17,6 +17,7 @@ from typing import Any
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
+from transformers import set_seed
 
 from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed
 from thinkswitch_plugin.trace_stripping.args import DATASET_TYPE, PLUGIN, read_block
@@ -55,6 +56,11 @@ class TraceStrippingPlugin(BasePlugin):
     def get_input_args(self) -> str:
         """The model of the `trace_stripping:` block, by its import path."""
         return "thinkswitch_plugin.trace_stripping.args.TraceStrippingArgs"
+
+    def pre_lora_load(self, cfg: DictDefault, model: Any) -> None:
+        """Set the recipe's seed: Axolotl draws an adapter's first weights before its trainer does."""
+        if is_listed(cfg, PLUGIN) and cfg.seed is not None:
+            set_seed(cfg.seed)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """Show the counts of a training set that an earlier command prepared.
