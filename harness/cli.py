@@ -41,6 +41,11 @@ Run again with the same --name and it continues where it stopped.
     help="What thinking is rebuilt from in each iteration: `original`, the checkpoint the run began with, or "
     "`previous`, the last rebuilt one.  [default: original]",
 )
+@click.option(
+    "--distill",
+    help="What instruct learns from: `answers` of the thinking checkpoint, or `on-policy`, answers of its own that the "
+    "thinking checkpoint judges token by token.  [default: answers]",
+)
 @click.option("--seed", type=int, help="Seed of generation, training and evaluation.  [default: 42]")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders go."

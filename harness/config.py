@@ -21,14 +21,15 @@ OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whos
 class Recipes(BaseModel):
     """Which native recipe is which stage; paths are relative to `loop.yml`.
 
-    `evaluate` is for both checkpoints, unless `evaluate_thinking` has other settings for the thinking one (a card
-    that says another temperature, say).
+    `on_policy` stands in for `distill` where the run asks for it. `evaluate` is for both checkpoints, unless
+    `evaluate_thinking` has other settings for the thinking one (a card that says another temperature, say).
     """
 
     model_config = ConfigDict(extra="forbid")
 
     generate: Path
     distill: Path
+    on_policy: Path | None = None
     reconstruct: Path
     evaluate: Path
     evaluate_thinking: Path | None = None
@@ -39,10 +40,11 @@ class LoopConfig(BaseModel):
 
     `t` is the slerp weight of the distilled instruct checkpoint in the reconstructed thinking one: 0 keeps the anchor
     as it is, 1 is the instruct checkpoint. `anchor` is the thinking checkpoint it is interpolated with: `original`
-    (the one the run began with) or `previous` (the one reconstructed an iteration ago). `nf4` answers prompts and
-    questions with the checkpoints' linear layers in NF4, where bfloat16 does not fit the GPU. `jobs` is how many stages
-    may run side by side where none reads what the other writes (an evaluation and the next iteration's labels): 1 where
-    they would share one GPU.
+    (the one the run began with) or `previous` (the one reconstructed an iteration ago). `distill` says what the
+    instruct checkpoint learns from: the thinking one's `answers`, or, `on-policy`, its judgement of the instruct one's
+    own. `nf4` answers prompts and questions with the checkpoints' linear layers in NF4, where bfloat16 does not fit the
+    GPU. `jobs` is how many stages may run side by side where none reads what the other writes (an evaluation and the
+    next iteration's labels): 1 where they would share one GPU.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,6 +58,7 @@ class LoopConfig(BaseModel):
     iterations: int = Field(default=3, ge=1)
     t: float = Field(default=0.1, ge=0.0, le=1.0)
     anchor: Literal["original", "previous"] = "original"
+    distill: Literal["answers", "on-policy"] = "answers"
     seed: int = Field(default=42, ge=0)
     nf4: bool = False
     jobs: int = Field(default=1, ge=1)

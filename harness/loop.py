@@ -30,7 +30,7 @@ from harness.tools import ToolError, Tools, last_words
 from thinkswitch_plugin.trace_stripping.report import PREFIX
 
 STAGES = ("generate", "distill", "reconstruct", "evaluate")
-STRIPPED = f"] {PREFIX}: "  # how the plugin's closing line looks in Axolotl's log
+PREPARED = (f"] {PREFIX}: ", "] on_policy_kl: ")  # how the plugins' lines on their data look in Axolotl's log
 STACK = ("thinkswitch", "axolotl", "torch", "transformers", "peft", "bitsandbytes", "mergekit", "lm_eval", "datasets")
 
 
@@ -57,10 +57,15 @@ def read_recipes(config: LoopConfig) -> dict[str, Recipe]:
         LoopError: if a file is missing, is no mapping, or names a data file that is missing.
     """
     files: dict[str, Path | None] = dict(config.recipes)
+    on_policy = files.pop("on_policy")
+    if config.distill == "on-policy":
+        if not on_policy:
+            raise LoopError("--distill on-policy: loop.yml names no such recipe; add on_policy: under recipes:")
+        files["distill"] = on_policy
     recipes = {name: read_yaml(file) for name, file in files.items() if file}
     for name, key in (("distill", "datasets"), ("reconstruct", "base_model")):
         if not recipes[name].get(key):
-            raise LoopError(f"{getattr(config.recipes, name)}: has no {key}; the {name} stage needs it")
+            raise LoopError(f"{files[name]}: has no {key}; the {name} stage needs it")
     return recipes
 
 
@@ -141,7 +146,7 @@ def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View, threads:
             facts["labels"] = check_labels(stage)
         if stage.name == "distill":
             said = last_words(log, count=1000)
-            facts["stripped"] = [line.partition(STRIPPED)[2] for line in said if STRIPPED in line]
+            facts["prepared"] = [line.partition(mark)[2] for line in said for mark in PREPARED if mark in line]
         if stage.name == "evaluate":
             facts["rows"] = [
                 row

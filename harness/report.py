@@ -139,7 +139,7 @@ def _note(facts: dict[str, Any]) -> str:
         labels = facts["labels"]
         return f"{labels['closed']} of {labels['total']} answers closed their trace"
     if facts["stage"] == "distill":
-        return "; ".join(line.split(": ", 1)[-1] for line in facts["stripped"])
+        return "; ".join(line.split(": ", 1)[-1] for line in facts["prepared"])
     if facts["stage"] == "evaluate":
         return "  ".join(f"{r['checkpoint']} {r['task']} {r['accuracy']:.1%}" for r in facts["rows"])
     return ""

@@ -72,6 +72,7 @@ def distill(
 ) -> Stage:
     """The answers without their traces are distilled into the instruct checkpoint (Axolotl), and the adapter merged.
 
+    With an on-policy recipe the instruct checkpoint answers for itself, and the thinking one, its traces read, judges.
     `samples` is the folder the generate stage filled; one dataset for each of its tasks.
     """
     resolved = copy.deepcopy(recipe)
@@ -89,6 +90,8 @@ def distill(
         for task in config.prompt_tasks
     ]
     resolved["base_model"] = instruct
+    if "on_policy_kl" in resolved:
+        resolved["on_policy_kl"] = {**resolved["on_policy_kl"], "teacher": thinking}
     resolved["output_dir"] = str(folder / "adapter")
     resolved["dataset_prepared_path"] = str(folder / "prepared")
     resolved["seed"] = config.seed

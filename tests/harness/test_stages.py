@@ -9,6 +9,7 @@ import pytest
 
 from harness import stages
 from harness.config import LoopConfig, load, recipes_folder
+from harness.errors import LoopError
 from harness.loop import plan, read_recipes
 from harness.rundir import RunDir
 
@@ -107,6 +108,24 @@ def test_own_prompts_and_tasks_reach_the_recipes(config: LoopConfig, tmp_path: P
     assert "samples_prompts_file_" in dataset["data_files"][0]
     assert dataset["type"] == "thinkswitch_plugin.trace_stripping"
     assert planned[0, "evaluate"].recipes["thinking.yml"]["tasks"] == ["mine"]
+
+
+def test_on_policy_takes_the_place_of_distillation_with_this_iteration_s_teacher(tmp_path: Path) -> None:
+    config = load(recipes_folder() / "loop.yml", {"iterations": 2, "distill": "on-policy"})
+    planned = by_key(config, tmp_path)
+    recipe = planned[2, "distill"].recipes["recipe.yml"]
+    assert recipe["plugins"] == ["thinkswitch_plugin.on_policy_kl.OnPolicyKLPlugin"]
+    assert recipe["on_policy_kl"]["teacher"] == planned[1, "reconstruct"].folder.as_posix() + "/thinking"
+    assert recipe["base_model"] == str(planned[1, "distill"].folder / "instruct")
+    assert {entry["type"] for entry in recipe["datasets"]} == {"thinkswitch_plugin.on_policy_kl"}
+    assert all("samples_mini_" in entry["data_files"][0] for entry in recipe["datasets"])
+
+
+def test_on_policy_needs_its_recipe() -> None:
+    config = load(recipes_folder() / "loop.yml", {"distill": "on-policy"})
+    lacking = config.model_copy(update={"recipes": config.recipes.model_copy(update={"on_policy": None})})
+    with pytest.raises(LoopError, match="add on_policy: under recipes"):
+        read_recipes(lacking)
 
 
 def test_every_seed_is_the_run_s(config: LoopConfig, tmp_path: Path) -> None:

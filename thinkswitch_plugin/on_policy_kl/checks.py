@@ -35,7 +35,7 @@ def check_recipe(cfg: Mapping[str, Any], entries: int, dataset_type: str) -> Non
         ValueError: a setting that does not go with rollouts, or a dataset of another type.
     """
     for key, why in REFUSED.items():
-        if cfg.get(key) and cfg[key] != 1:
+        if cfg.get(key) and (key, cfg[key]) != ("context_parallel_size", 1):
             raise ValueError(f"on_policy_kl: {key} is set: {why}")
     if cfg.get("val_set_size"):
         raise ValueError(f"on_policy_kl: val_set_size is set: {REFUSED['test_datasets']}")

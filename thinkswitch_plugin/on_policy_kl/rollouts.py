@@ -1,19 +1,23 @@
-"""The student's own answers: what it samples, and how they are laid out for the loss.
+"""The student's own answers: what it samples, here or at a server, and how they are laid out for the loss.
 
-Knows generation and padding. Leaves to others: which prompts (`strategy`), what the teacher reads (`teacher`), the
-loss.
+Knows generation, the completions protocol and padding. Leaves to others: which prompts (`strategy`), what the teacher
+reads (`scoring`), the loss.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import requests
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
+
+SERVER_TIMEOUT = 3600  # seconds; a batch of long answers takes its time
 
 
 class Rollout(NamedTuple):
@@ -119,3 +123,47 @@ def sample(
     repeated = [prompt for prompt in prompts for _ in range(config.rollouts_per_prompt)]
     answers, cut = generate(model, repeated, settings, pad)
     return [Rollout(*row) for row in zip(repeated, answers, cut, strict=True)]
+
+
+def from_server(
+    prompts: Sequence[list[int]], config: OnPolicyKLConfig, ends: list[int], tokenizer: Any
+) -> list[Rollout]:
+    """As `sample`, by an OpenAI-compatible server (vLLM, SGLang), which gets token ids and all prompts in one request.
+
+    Where the server does not give token ids back, its text is tokenised again. It answers with the weights it was
+    started with: the `sampled` estimator's importance weight accounts for that, the other divergences do not.
+
+    Raises:
+        ValueError: the server does not answer, or not with completions; one line.
+    """
+    url = f"{str(config.server).rstrip('/').removesuffix('/v1')}/v1/completions"
+    body = {
+        "model": config.server_model,
+        "prompt": list(prompts),
+        "n": config.rollouts_per_prompt,
+        "max_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k or -1,
+        "logprobs": 1,
+        "return_token_ids": True,
+    }
+    try:
+        reply = requests.post(url, json=body, timeout=SERVER_TIMEOUT)
+        reply.raise_for_status()
+        choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
+        repeated = [prompt for prompt in prompts for _ in range(config.rollouts_per_prompt)]
+        return [_rollout(*pair, ends, tokenizer) for pair in zip(repeated, choices, strict=True)]
+    except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"on_policy_kl: server {url}: no completions ({type(error).__name__}: {why})") from None
+
+
+def _rollout(prompt: list[int], choice: dict[str, Any], ends: list[int], tokenizer: Any) -> Rollout:
+    answer = choice.get("token_ids") or tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
+    cut = choice["finish_reason"] == "length"
+    known = (choice.get("logprobs") or {}).get("token_logprobs")
+    known = known if known and len(known) == len(answer) else None
+    if not cut and ends and (not answer or answer[-1] not in ends):  # servers swallow the end token
+        answer, known = [*answer, ends[0]], known and [*known, math.nan]
+    return Rollout(prompt, answer, cut, known)

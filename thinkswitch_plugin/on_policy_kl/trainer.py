@@ -27,7 +27,15 @@ from torch import Tensor
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.loss import Samples, TokenLoss, token_loss
-from thinkswitch_plugin.on_policy_kl.rollouts import Rollout, Sequences, end_tokens, left_padded, sample, sequences
+from thinkswitch_plugin.on_policy_kl.rollouts import (
+    Rollout,
+    Sequences,
+    end_tokens,
+    from_server,
+    left_padded,
+    sample,
+    sequences,
+)
 from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight
 from thinkswitch_plugin.on_policy_kl.view import show
 
@@ -118,7 +126,10 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         for start in range(0, len(asked), size):
             prompts = [ids for ids, _ in asked[start : start + size]]
             try:
-                rollouts += sample(student, prompts, self.opd, self.ends, self.pad)
+                if self.opd.server:
+                    rollouts += from_server(prompts, self.opd, self.ends, self.tokenizer)
+                else:
+                    rollouts += sample(student, prompts, self.opd, self.ends, self.pad)
             except RuntimeError as error:
                 if "probability tensor" not in str(error):  # what sampling from nothing but NaN ends in
                     raise

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from typing import Any
 
+import pytest
 import torch
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
-from thinkswitch_plugin.on_policy_kl.rollouts import end_tokens, left_padded, sample, sequences
+from thinkswitch_plugin.on_policy_kl.rollouts import end_tokens, from_server, left_padded, sample, sequences
 
 
 def prompt(tokenizer: Any, question: str) -> list[int]:
@@ -56,6 +62,66 @@ def test_greedy_and_top_k_one_are_the_most_likely_tokens(pair: Any, tokenizer: A
     with torch.no_grad():
         logits = pair["instruct"](torch.tensor([ids + answers[0]])).logits[0]
     assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == answers[0]
+
+
+class Completions(BaseHTTPRequestHandler):
+    """The smallest server of the protocol: the embedded checkpoint, greedy, one prompt after the other."""
+
+    model: Any
+    tokenizer: Any
+    with_ids: bool
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if asked["model"] != "student":
+            self.send_error(404, "no such model")
+            return
+        choices = []
+        for ids in [ids for ids in asked["prompt"] for _ in range(asked["n"])]:
+            out = self.model.generate(torch.tensor([ids]), max_new_tokens=asked["max_tokens"], do_sample=False)
+            answer = out[0, len(ids) :].tolist()
+            stopped = answer[-1] == 2
+            answer = answer[:-1] if stopped else answer
+            choice = {"index": len(choices), "finish_reason": "stop" if stopped else "length"}
+            choice["text"] = self.tokenizer.decode(answer)
+            choice["logprobs"] = {"token_logprobs": [-0.5] * len(answer)}
+            choices.append({**choice, "token_ids": answer} if self.with_ids else choice)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": choices[::-1]}).encode())  # in any order: `index` says which
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(params=[True, False], ids=["token ids", "text only"])
+def server(request: pytest.FixtureRequest, pair: Any, tokenizer: Any) -> Iterator[str]:
+    handler = type(
+        "Handler", (Completions,), {"model": pair["instruct"], "tokenizer": tokenizer, "with_ids": request.param}
+    )
+    with HTTPServer(("127.0.0.1", 0), handler) as running:
+        Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_server_s_rollouts_are_those_of_the_model_it_serves(server: str, pair: Any, tokenizer: Any) -> None:
+    prompts = [prompt(tokenizer, f"Compute {n}+26-13.") for n in (24, 31)]
+    how = {"teacher": "self", "temperature": 0.0, "max_new_tokens": 12}
+    ours = sample(pair["instruct"], prompts, OnPolicyKLConfig(**how), [2], 0)
+    theirs = from_server(prompts, OnPolicyKLConfig(**how, server=server, server_model="student"), [2], tokenizer)
+    assert [(r.prompt, r.answer, r.truncated) for r in theirs] == [(r.prompt, r.answer, r.truncated) for r in ours]
+    for rollout in theirs:
+        assert rollout.log_probs is not None
+        assert rollout.log_probs[:-1] == [-0.5] * (len(rollout.answer) - 1)
+        assert math.isnan(rollout.log_probs[-1])  # the end token, which the server swallowed
+
+
+@pytest.mark.parametrize(("model", "port"), [("other", None), ("student", 9)])
+def test_a_server_that_does_not_serve_is_one_line(server: str, tokenizer: Any, model: str, port: int | None) -> None:
+    url = f"http://127.0.0.1:{port}" if port else server
+    with pytest.raises(ValueError, match=r"^on_policy_kl: server http://127.0.0.1:\d+/v1/completions: no completions"):
+        from_server([[5]], OnPolicyKLConfig(teacher="self", server=url, server_model=model), [2], tokenizer)
 
 
 def test_layout() -> None:

@@ -1,0 +1,119 @@
+"""The recipe's block, and what does not go with it: one line each, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig, read_block
+from thinkswitch_plugin.on_policy_kl.checks import check_recipe, check_teacher
+from thinkswitch_plugin.on_policy_kl.plugin import OnPolicyKLPlugin
+
+PLUGIN = "thinkswitch_plugin.on_policy_kl.OnPolicyKLPlugin"
+ENTRY = {"path": "prompts.jsonl", "type": "thinkswitch_plugin.on_policy_kl"}
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (None, "on_policy_kl.teacher: Field required"),
+        ({"teacher": "self", "techer": 1}, "on_policy_kl.techer: Extra inputs are not permitted"),
+        (
+            {"teacher": "self", "temperature": -0.5},
+            "on_policy_kl.temperature: Input should be greater than or equal to 0",
+        ),
+        ({"teacher": "self", "temperature": 0, "top_p": 0.9}, "temperature 0 is greedy decoding"),
+        ({"teacher": "self", "temperature": 0, "rollouts_per_prompt": 2}, "temperature 0 is greedy decoding"),
+        ({"teacher": "self", "divergence": "jsd", "beta": 1.0}, "on_policy_kl.beta: Input should be less than 1"),
+        ({"teacher": "self", "divergence": "kl"}, "'reverse_kl', 'forward_kl' or 'jsd'"),
+        ({"teacher": "self", "estimator": "sampled", "temperature": 0}, "set temperature 1, top_p 1 and top_k 0"),
+        ({"teacher": "self", "estimator": "sampled", "top_k": 20}, "set temperature 1, top_p 1 and top_k 0"),
+        ({"teacher": "self", "estimator": "sampled", "divergence": "jsd"}, "estimates reverse_kl only"),
+        ({"teacher": "self", "teacher_load_in_4bit": True}, "teacher self has no weights of its own"),
+        ({"teacher": "self", "server": "http://localhost:8000"}, "server needs server_model"),
+        ({"teacher": "self", "server": "localhost:8000", "server_model": "m"}, "on_policy_kl.server"),
+    ],
+)
+def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any] | None, said: str) -> None:
+    with pytest.raises(ValueError, match="on_policy_kl") as caught:
+        read_block(block)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "keys: teacher, " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sample_packing": True}, "sample_packing is set"),
+        ({"rl": "grpo"}, "rl is set"),
+        ({"val_set_size": 0.1}, "val_set_size is set"),
+        ({"test_datasets": [ENTRY]}, "test_datasets is set"),
+        ({"datasets": [ENTRY, {"path": "x", "type": "alpaca"}]}, "every dataset needs `type:"),
+        ({"datasets": []}, "every dataset needs `type:"),
+    ],
+)
+def test_settings_that_rollouts_rule_out(changes: dict[str, Any], said: str) -> None:
+    recipe = {"plugins": [PLUGIN], "on_policy_kl": {"teacher": "self"}, "datasets": [dict(ENTRY)], **changes}
+    with pytest.raises(ValueError, match=r"^on_policy_kl: ") as caught:
+        OnPolicyKLPlugin().register(recipe)
+    assert said in str(caught.value)
+
+
+def test_a_recipe_without_the_plugin_is_left_alone() -> None:
+    recipe = {"plugins": ["other.Plugin"], "datasets": [{"path": "x", "type": "alpaca"}]}
+    OnPolicyKLPlugin().register(recipe)
+    assert recipe["datasets"] == [{"path": "x", "type": "alpaca"}]
+
+
+def test_another_content_is_another_prepared_set(tmp_path: Path) -> None:
+    marks = []
+    for text in ("one", "two"):
+        (tmp_path / "prompts.jsonl").write_text(text)
+        entry = {**ENTRY, "path": str(tmp_path / "prompts.jsonl")}
+        OnPolicyKLPlugin().register({"plugins": [PLUGIN], "on_policy_kl": {"teacher": "self"}, "datasets": [entry]})
+        marks.append(entry["input_transform"])
+    assert marks[0] != marks[1]
+    check_recipe({"datasets": [entry]}, 1, ENTRY["type"])
+
+
+@pytest.fixture
+def other(recipes: Path, tmp_path: Path) -> Path:
+    """The thinking checkpoint's small files, to be spoilt."""
+    for file in (recipes / "mini/thinking").iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+def test_a_teacher_that_fits(recipes: Path, other: Path) -> None:
+    student = str(recipes / "mini/instruct")
+    check_teacher(
+        OnPolicyKLConfig(teacher=str(other), context="trace"), student
+    )  # no weights are there to be looked at
+    check_teacher(OnPolicyKLConfig(teacher="self"), student)
+
+
+def test_padded_logits_of_another_width(recipes: Path, other: Path) -> None:
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 384}))
+    with pytest.raises(ValueError, match=r"predicts 328 words and the teacher .* 384: use a teacher of the same"):
+        check_teacher(OnPolicyKLConfig(teacher=str(other)), str(recipes / "mini/instruct"))
+
+
+def test_another_vocabulary(recipes: Path, other: Path) -> None:
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("</think>", "</thought>"))
+    with pytest.raises(ValueError, match=r"the tokenizers of .* differ, in '</th"):
+        check_teacher(OnPolicyKLConfig(teacher=str(other)), str(recipes / "mini/instruct"))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nobody", "nobody/such-a-model"])
+def test_a_teacher_that_is_missing(recipes: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"on_policy_kl: teacher {name}: ") as caught:
+        check_teacher(OnPolicyKLConfig(teacher=name), str(recipes / "mini/instruct"))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,73 @@
+"""Rows as the student and the teacher read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl.utils.dict import DictDefault
+
+from thinkswitch_plugin.on_policy_kl import strategy
+
+PLUGIN = "thinkswitch_plugin.on_policy_kl.OnPolicyKLPlugin"
+ASK = [{"role": "user", "content": "Compute 24+26-13."}]
+
+
+def prepared(rows: list[dict[str, Any]], tokenizer: Any, recipes: Path, longest: int = 256, **block: Any) -> Any:
+    """The rows, as the strategy leaves them."""
+    config = {"teacher": str(recipes / "mini/thinking"), "context": "trace", "max_new_tokens": 16, **block}
+    cfg = DictDefault({"plugins": [PLUGIN], "on_policy_kl": config, "sequence_len": longest})
+    return strategy.load(tokenizer, cfg, {"path": "mine.jsonl"}).wrap_dataset(rows)
+
+
+def test_a_sample_row_gives_the_teacher_its_trace_and_the_student_the_question(tokenizer: Any, recipes: Path) -> None:
+    texts = ["24+26=50\n50-13=37\n</think>\n\n\\boxed{37}", "24+26=50\n50", "24+26=51\n</think>\\boxed{38}"]
+    rows = [{"doc": {"messages": ASK, "trace_opened": True, "answer": "gold"}, "resps": [texts]}]
+    found = prepared(rows, tokenizer, recipes)
+    opening = "<|im_start|>user\nCompute 24+26-13.<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(ids) for ids in found["input_ids"]] == [opening, opening]
+    assert [tokenizer.decode(ids) for ids in found["teacher_input_ids"]] == [
+        f"{opening}<think>\n24+26=50\n50-13=37\n</think>\n\n",
+        f"{opening}<think>\n24+26=51\n</think>",
+    ]
+    assert found["teacher_thinks"] == [False, False]
+    assert found["labels"] == found["input_ids"]
+
+
+@pytest.mark.parametrize("row", [{"problem": ASK[0]["content"]}, {"prompt": ASK[0]["content"]}, {"messages": ASK}])
+def test_a_prompt_alone_leaves_the_thinking_to_the_teacher(tokenizer: Any, recipes: Path, row: dict[str, Any]) -> None:
+    found = prepared([{**row, "answer": "37"}], tokenizer, recipes, trace_max_new_tokens=50)
+    assert found["teacher_thinks"] == [True]
+    assert tokenizer.decode(found["teacher_input_ids"][0]).endswith("assistant\n<think>\n")
+    assert "37" not in tokenizer.decode(found["teacher_input_ids"][0] + found["input_ids"][0])
+
+
+def test_without_a_trace_both_read_the_same(tokenizer: Any, recipes: Path) -> None:
+    rows = [{"doc": {"messages": ASK}, "resps": [["never closed"]]}]
+    found = prepared(rows, tokenizer, recipes, context="prompt")
+    assert found["teacher_input_ids"] == found["input_ids"]
+    assert found["teacher_thinks"] == [False]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"problem": "1+1"}, {"question": "1+1"}], r"row 2: the row has no prompt \(its keys: question\)"),
+        ([{"problem": " "}], "row 1: `problem` is empty"),
+        ([{"doc": {"messages": ASK}, "resps": [["a trace that never closes"]]}], "no prompt is left"),
+        (
+            [{"problem": "1+1"}, {"problem": "1+" * 120}],
+            r"row 2: the prompt has \d+ tokens and the answer may have 16: ",
+        ),
+    ],
+)
+def test_bad_rows_are_one_line_with_their_number(tokenizer: Any, recipes: Path, rows: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^on_policy_kl: mine.jsonl: {said}") as caught:
+        prepared(rows, tokenizer, recipes)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_type_needs_the_plugin(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="needs `plugins: "):
+        strategy.load(tokenizer, DictDefault({"sequence_len": 8}), {"path": "mine.jsonl"})
