@@ -54,9 +54,18 @@ def test_distillation_and_reconstruction_alone(checkout: Path) -> None:
     adapter = "runs/recipes/distill"
     native(checkout, "axolotl", "merge-lora", "recipes/instruct_distill.yml", "--lora-model-dir", adapter)
     assert (checkout / adapter / "merged" / "model.safetensors").is_file()
-    native(checkout, "mergekit-yaml", "recipes/slerp_thinking.yml", "runs/recipes/thinking")
+    native(checkout, "mergekit-yaml", "recipes/slerp_thinking.yml", "runs/recipes/thinking")  # of the shipped pair
     template = (checkout / "runs/recipes/thinking/chat_template.jinja").read_text()
     assert template == (checkout / "recipes/mini/thinking/chat_template.jinja").read_text()
+
+
+def test_on_policy_distillation_alone(checkout: Path) -> None:
+    said = native(checkout, "axolotl", "train", "recipes/on_policy_kl.yml", "--launcher", "python")
+    assert "on_policy_kl: recipes/mini/labels.jsonl: 512 prompts" in said
+    adapter = checkout / "runs/recipes/on_policy"
+    assert sorted(page.name for page in (adapter / "rollouts").iterdir()) == ["step_000010.html", "step_000020.html"]
+    native(checkout, "axolotl", "merge-lora", "recipes/on_policy_kl.yml", "--lora-model-dir", str(adapter))
+    assert (adapter / "merged/model.safetensors").is_file()
 
 
 QWEN3_4B = {  # the layer shapes of Qwen/Qwen3-4B, two layers of its 36
@@ -103,28 +112,32 @@ def two_layers_of_4b(recipes: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def short(checkout: Path, base: Path, **changes: Any) -> Path:
-    """The 4B distillation recipe on this base and the shipped labels, for one step."""
-    recipe = yaml.safe_load((checkout / "recipes/qwen3_4b/instruct_distill.yml").read_text())
+def short(checkout: Path, base: Path, name: str = "instruct_distill", **changes: Any) -> Path:
+    """A 4B training recipe on this base and the shipped labels, for one step."""
+    recipe = yaml.safe_load((checkout / f"recipes/qwen3_4b/{name}.yml").read_text())
+    kind = recipe["datasets"][0]["type"]
     recipe.update(
         base_model=str(base),
-        datasets=[{"path": "recipes/mini/labels.jsonl", "type": "thinkswitch_plugin.trace_stripping"}],
+        datasets=[{"path": "recipes/mini/labels.jsonl", "type": kind}],
         max_steps=1,
         **changes,
     )
+    if "on_policy_kl" in recipe:
+        recipe["on_policy_kl"].update(teacher=str(base), max_new_tokens=8)
     file = checkout / "qwen3_4b.yml"
     file.write_text(yaml.safe_dump(recipe))
     return file
 
 
-def test_the_4b_recipe_passes_axolotl_s_own_validation(checkout: Path, two_layers_of_4b: Path) -> None:
+@pytest.mark.parametrize("name", ["instruct_distill", "on_policy_kl"])
+def test_the_4b_recipes_pass_axolotl_s_own_validation(checkout: Path, two_layers_of_4b: Path, name: str) -> None:
     """As it is for a GPU, on a machine whose capabilities are said to be one's."""
     import axolotl.cli.config  # noqa: F401  (configures Axolotl's logging before anything else)
     from axolotl.cli.config import prepare_plugins
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    cfg = DictDefault(yaml.safe_load(short(checkout, two_layers_of_4b).read_text()))
+    cfg = DictDefault(yaml.safe_load(short(checkout, two_layers_of_4b, name).read_text()))
     prepare_plugins(cfg)
     checked = validate_config(
         cfg,
@@ -139,16 +152,22 @@ def test_the_4b_recipe_passes_axolotl_s_own_validation(checkout: Path, two_layer
         env_capabilities={"torch_version": "2.13.0"},
     )
     assert checked.adapter == "qlora"
-    assert checked.trace_stripping["max_dropped_fraction"] == 0.5
-    assert checked.liger_fused_linear_cross_entropy is True
+    if name == "on_policy_kl":
+        assert checked.on_policy_kl["context"] == "trace"
+    else:
+        assert checked.trace_stripping["max_dropped_fraction"] == 0.5
+        assert checked.liger_fused_linear_cross_entropy is True
 
 
 @pytest.mark.slow
-def test_the_4b_recipe_trains_a_step_on_its_real_layer_shapes(checkout: Path, two_layers_of_4b: Path) -> None:
-    file = short(checkout, two_layers_of_4b, **ON_A_CPU)
+@pytest.mark.parametrize(("name", "left"), [("instruct_distill", "distill"), ("on_policy_kl", "on_policy")])
+def test_the_4b_recipes_train_a_step_on_their_real_layer_shapes(
+    checkout: Path, two_layers_of_4b: Path, name: str, left: str
+) -> None:
+    file = short(checkout, two_layers_of_4b, name, **ON_A_CPU)
     said = native(checkout, "axolotl", "train", str(file), "--launcher", "python")
     assert "Training completed" in said or "train_runtime" in said
-    assert (checkout / "runs/qwen3_4b_recipes/distill/adapter_model.safetensors").is_file()
+    assert (checkout / f"runs/qwen3_4b_recipes/{left}/adapter_model.safetensors").is_file()
 
 
 def test_the_4b_stages_fit_the_loop(recipes: Path, tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""What the experiments on the embedded pair share: labels, a training, a score.
+
+Knows the recipes, the two domains and `harness.tools`, whose children save the imports. Every result is kept in the
+lab's folder and not made again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.tools import Tools
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+INSTRUCT, THINKING = RECIPES / "mini/instruct", RECIPES / "mini/thinking"
+LORA = {"adapter": "lora", "load_in_4bit": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+GRADERS = {"mini_math": "grade_integer", "mini_qa": "grade_decision"}
+
+
+class Lab:
+    """Labels, trainings and scores, each made once."""
+
+    def __init__(self, out: Path, tools: Tools):
+        """`out` keeps everything."""
+        self.out, self.tools = out.resolve(), tools
+
+    def labels(self, task: str) -> Path:
+        """The thinking checkpoint's answers to a domain's training prompts, as lm-eval logs them."""
+        file = self.out / "labels" / f"{task}.jsonl"
+        if not file.exists():
+            folder = file.with_suffix("")
+            folder.mkdir(parents=True, exist_ok=True)
+            settings = yaml.safe_load((RECIPES / "generate_labels.yml").read_text())
+            settings["model_args"]["pretrained"] = str(THINKING)
+            settings.update(tasks=[f"{task}_prompts"], output_path=str(folder / "results.json"))
+            (folder / "recipe.yml").write_text(yaml.safe_dump(settings))
+            self.tools.run(["lm_eval", "run", "--config", str(folder / "recipe.yml")], folder / "log.txt")
+            (samples,) = folder.glob(f"samples_{task}_prompts_*.jsonl")
+            shutil.move(samples, file)
+        return file
+
+    def train(self, name: str, recipe: str, start: Path, data: list[Path], seed: int, **changes: Any) -> Path:
+        """Train by a shipped recipe in float32 LoRA; the folder it leaves. A mapping in `changes` is laid over one."""
+        folder = self.out / name
+        if (folder / "done").exists():
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        settings = yaml.safe_load((RECIPES / f"{recipe}.yml").read_text())
+        settings.update(
+            LORA,
+            base_model=str(start),
+            output_dir=str(folder),
+            dataset_prepared_path=str(folder / "prepared"),
+            seed=seed,
+            save_only_model=True,
+            save_total_limit=1000,
+            datasets=[{**settings["datasets"][0], "path": str(file)} for file in data],
+        )
+        if "on_policy_kl" in settings:
+            settings["on_policy_kl"].update(teacher=str(THINKING), show_every=0)
+        for key, value in changes.items():
+            settings[key] = {**settings.get(key, {}), **value} if isinstance(value, Mapping) else value
+        settings = {key: value for key, value in settings.items() if value is not None}
+        file = folder / "recipe.yml"
+        file.write_text(yaml.safe_dump(settings))
+        self.tools.run(["axolotl", "train", str(file), "--launcher", "python"], folder / "log.txt")
+        shutil.rmtree(folder / "prepared", ignore_errors=True)
+        (folder / "done").touch()
+        return folder
+
+    def merge(self, folder: Path) -> Path:
+        """The trained adapter merged into its base."""
+        if not (folder / "merged").exists():
+            command = ["axolotl", "merge-lora", str(folder / "recipe.yml"), "--lora-model-dir", str(folder)]
+            self.tools.run(command, folder / "log.txt")
+        return folder / "merged"
+
+    def curve(self, start: Path, folder: Path, task: str) -> dict[int, float]:
+        """Greedy held-out accuracy by update: of `start`, at 0, and of every adapter that a training saved."""
+        file = folder / f"curve_{task}.json"
+        if not file.exists():
+            self.tools.call(score_checkpoints, str(start), str(folder), task, log=folder / "score.txt")
+        return {int(step): value for step, value in json.loads(file.read_text()).items()}
+
+    def score(self, checkpoint: Path, task: str) -> float:
+        """Greedy held-out accuracy of one checkpoint."""
+        folder = self.out / "scores" / "_".join(checkpoint.parts[-2:])
+        folder.mkdir(parents=True, exist_ok=True)
+        return self.curve(checkpoint, folder, task)[0]
+
+
+def score_checkpoints(start: str, folder: str, task: str) -> None:
+    """In a child: accuracy of `start` and of every `checkpoint-N` adapter in a folder, to `curve_TASK.json` there."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.spec_from_file_location("answers", ROOT / "tasks" / "answers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    answers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(answers)
+    grade = getattr(answers, GRADERS[task])
+    tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
+    docs = [json.loads(line) for line in (ROOT / "tasks" / task / "test.jsonl").open(encoding="utf-8")]
+    chats = [[{"role": "user", "content": doc["question"]}] for doc in docs]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    saved = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-*")}
+    curve = {}
+    for step in (0, *sorted(saved)):
+        model = AutoModelForCausalLM.from_pretrained(start)
+        if step:
+            model = PeftModel.from_pretrained(model, saved[step]).merge_and_unload()
+        with torch.no_grad():
+            out = model.eval().generate(**batch, max_new_tokens=24, do_sample=False)
+        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        right = [
+            grade({**doc, "trace_opened": False}, [text])["exact_match"] for doc, text in zip(docs, texts, strict=True)
+        ]
+        curve[step] = sum(right) / len(right)
+    (Path(folder) / f"curve_{task}.json").write_text(json.dumps(curve))
+
+
+def mean_and_interval(values: list[float]) -> list[float]:
+    """Mean and the 95 % half-width by Student's t over seeds (0 of a single one)."""
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return [round(mean, 4), 0.0]
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return [round(mean, 4), round(float(half), 4)]

@@ -1,0 +1,72 @@
+"""Behaviour lost by fine-tuning on something new, won back from the model's own earlier self.
+
+    python benchmarks/on_policy_forgetting.py [--seeds 3 --out runs/forgetting]
+
+1. The instruct checkpoint is fine-tuned on `mini_qa` alone (instruct_distill.yml): `mini_qa` rises, `mini_math` falls.
+2. It is distilled on-policy with the checkpoint before step 1 as its teacher, on `mini_math`'s prompts: no answer of
+   anybody else's is read (Thinking Machines Lab, 2025).
+
+Bounds: `mini_math` within 2 points of where it was, `mini_qa` keeps 90 % of its gain. Ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mini_lab import INSTRUCT, Lab, mean_and_interval
+
+from harness.tools import Tools
+
+TASKS = ("mini_math", "mini_qa")
+FORGET = {"max_steps": 120, "num_epochs": 1000, "learning_rate": 2e-3, "save_strategy": "no", "logging_steps": 20}
+RECOVER = {"max_steps": 100, "num_epochs": 1000, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 20}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/forgetting"))
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with Tools(asked.out / "preload.log") as tools:
+        tools.wait()
+        lab = Lab(asked.out, tools)
+        before = {task: lab.score(INSTRUCT, task) for task in TASKS}
+        for seed in range(asked.seeds):
+            tuned = lab.merge(
+                lab.train(f"tuned_{seed}", "instruct_distill", INSTRUCT, [lab.labels("mini_qa")], seed, **FORGET)
+            )
+            teacher = {"teacher": str(INSTRUCT), "context": "prompt"}
+            won = lab.merge(
+                lab.train(
+                    f"won_{seed}",
+                    "on_policy_kl",
+                    tuned,
+                    [lab.labels("mini_math")],
+                    seed,
+                    on_policy_kl=teacher,
+                    **RECOVER,
+                )
+            )
+            row = {"tuned": {t: lab.score(tuned, t) for t in TASKS}, "won": {t: lab.score(won, t) for t in TASKS}}
+            rows.append(row)
+            print(f"seed {seed}  before {before}  tuned {row['tuned']}  won back {row['won']}", flush=True)
+    missing = [100 * (before["mini_math"] - row["won"]["mini_math"]) for row in rows]
+    kept = [(row["won"]["mini_qa"] - before["mini_qa"]) / (row["tuned"]["mini_qa"] - before["mini_qa"]) for row in rows]
+    print(
+        json.dumps(
+            {
+                "before": before,
+                "seeds": rows,
+                "mini_math_points_missing": mean_and_interval(missing),
+                "mini_qa_gain_kept": mean_and_interval(kept),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
