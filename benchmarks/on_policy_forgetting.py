@@ -21,7 +21,7 @@ from harness.tools import Tools
 
 TASKS = ("mini_math", "mini_qa")
 FORGET = {"max_steps": 120, "num_epochs": 1000, "learning_rate": 2e-3, "save_strategy": "no", "logging_steps": 20}
-RECOVER = {"max_steps": 100, "num_epochs": 1000, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 20}
+RECOVER = {"max_steps": 150, "num_epochs": 1000, "learning_rate": 5e-4, "save_strategy": "no", "logging_steps": 20}
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
             tuned = lab.merge(
                 lab.train(f"tuned_{seed}", "instruct_distill", INSTRUCT, [lab.labels("mini_qa")], seed, **FORGET)
             )
-            teacher = {"teacher": str(INSTRUCT), "context": "prompt"}
+            teacher = {"teacher": str(INSTRUCT), "context": "prompt", "divergence": "forward_kl"}
             won = lab.merge(
                 lab.train(
                     f"won_{seed}",
