@@ -20,8 +20,8 @@ from mini_lab import INSTRUCT, Lab, mean_and_interval
 from harness.tools import Tools
 
 TASKS = ("mini_math", "mini_qa")
-FORGET = {"max_steps": 120, "num_epochs": 1000, "learning_rate": 2e-3, "save_strategy": "no", "logging_steps": 20}
-RECOVER = {"max_steps": 150, "num_epochs": 1000, "learning_rate": 5e-4, "save_strategy": "no", "logging_steps": 20}
+FORGET = {"max_steps": 80, "num_epochs": 1000, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 20}
+RECOVER = {"max_steps": 100, "num_epochs": 1000, "learning_rate": 5e-4, "save_strategy": "no", "logging_steps": 20}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How many updates and prompts each way of teaching the instruct checkpoint needs, on `mini_math`, over several seeds.
 
-    python benchmarks/on_policy_sample_efficiency.py [--seeds 3 --updates 150 --out runs/sample_efficiency]
+    python benchmarks/on_policy_sample_efficiency.py [--seeds 3 --updates 150 --prompts 1200 --out FOLDER]
 
     answer_only      the thinking checkpoint's answers, traces removed (instruct_distill.yml)
     on_policy_plain  reverse KL on the student's rollouts; the thinking checkpoint judges, on the student's prompt
@@ -9,7 +9,7 @@
     warm_jsd         a third of the updates answer-only, the rest on_policy_jsd
     grpo             Axolotl's GRPO, exact-match reward on the gold answer, 8 completions a prompt
 
-Every method trains the same LoRA in float32 on the same 1,200 prompts, 64 sequences an update; learning rates are
+Every method trains the same LoRA in float32 on the same prompts, 64 sequences an update; learning rates are
 each method's best of a search (`RATES`, docs/results.md). Accuracy is greedy, on the 200 held-out questions, graded as
 the lm-eval task does. Finished runs are kept in --out and not run again. Writes the curves as JSON and SVG there, and
 ends with one line of JSON: `updates_to_target` counts to the worst seed's best of GRPO.
@@ -62,9 +62,19 @@ def as_prompt(cfg: Any, *_: Any, **__: Any) -> Any:
     }
 
 
-def curve(lab: Lab, method: str, updates: int, seed: int, **changes: Any) -> dict[int, float]:
+def first_prompts(labels: Path, count: int) -> Path:
+    """The first prompts of a file, with their labels, as a file."""
+    lines = labels.read_text(encoding="utf-8").splitlines(keepends=True)
+    if count >= len(lines):
+        return labels
+    some = labels.with_name(f"{labels.stem}_{count}.jsonl")
+    some.write_text("".join(lines[:count]), encoding="utf-8")
+    return some
+
+
+def curve(lab: Lab, method: str, updates: int, prompts: int, seed: int, **changes: Any) -> dict[int, float]:
     """Held-out accuracy by update of one run."""
-    name = f"{method}_{seed}" + "".join(f"_{key}_{value}" for key, value in changes.items())
+    name = f"{method}_{prompts}_{seed}" + "".join(f"_{key}_{value}" for key, value in changes.items())
     name = re.sub(r"[^\w.-]+", "_", name)
     settings: dict[str, Any] = {
         "micro_batch_size": BATCH,
@@ -76,11 +86,11 @@ def curve(lab: Lab, method: str, updates: int, seed: int, **changes: Any) -> dic
         "logging_steps": EVERY,
         **changes,
     }
-    labels = lab.labels(TASK)
+    labels = first_prompts(lab.labels(TASK), prompts)
     if method == "grpo":
-        prompts = labels.with_name("grpo.jsonl")
+        asked = labels.with_name(f"grpo_{prompts}.jsonl")
         rows = [json.loads(line)["doc"]["messages"] for line in labels.open(encoding="utf-8")]
-        prompts.write_text(
+        asked.write_text(
             "".join(json.dumps({"messages": row, "answer": gold(row[-1]["content"])}) + "\n" for row in rows)
         )
         reward = {
@@ -91,12 +101,12 @@ def curve(lab: Lab, method: str, updates: int, seed: int, **changes: Any) -> dic
             "beta": 0.0,
             "temperature": 1.0,
         }
-        data = [{"path": str(prompts), "ds_type": "json", "split": "train", "type": f"{HERE}.as_prompt"}]
+        data = [{"path": str(asked), "ds_type": "json", "split": "train", "type": f"{HERE}.as_prompt"}]
         settings.update(plugins=None, trace_stripping=None, rl="grpo", trl=reward, datasets=data)
     if method == "warm_jsd":
         first = updates // 3 // EVERY * EVERY
-        begun = curve(lab, "answer_only", first, seed, lr_scheduler="constant")
-        warm = lab.merge(lab.out / re.sub(r"[^\w.-]+", "_", f"answer_only_{seed}_lr_scheduler_constant"))
+        begun = curve(lab, "answer_only", first, prompts, seed, lr_scheduler="constant")
+        warm = lab.merge(lab.out / f"answer_only_{prompts}_{seed}_lr_scheduler_constant")
         settings.update(max_steps=updates - first, on_policy_kl={"divergence": "jsd"})
         folder = lab.train(name, "on_policy_kl", warm, [labels], seed, **settings)
         return {**begun, **{step + first: value for step, value in lab.curve(warm, folder, TASK).items() if step}}
@@ -143,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=150)
+    parser.add_argument("--prompts", type=int, default=1200)
     parser.add_argument("--methods", default=",".join(RATES))
     parser.add_argument("--out", type=Path, default=Path("runs/sample_efficiency"))
     asked = parser.parse_args()
@@ -153,13 +164,13 @@ def main() -> None:
         lab = Lab(asked.out, tools)
         for seed in range(asked.seeds):
             for method in asked.methods.split(","):
-                found = curve(lab, method, asked.updates, seed)
+                found = curve(lab, method, asked.updates, asked.prompts, seed)
                 curves.setdefault(method, []).append(found)
                 line = " ".join(f"{value:.3f}" for _, value in sorted(found.items()))
                 print(f"seed {seed}  {method:16} {line}", flush=True)
-    (asked.out / "curves.json").write_text(json.dumps(curves, indent=1))
-    draw(curves, asked.out / "curves.svg")
-    summary: dict[str, Any] = {"updates": asked.updates, "seeds": asked.seeds}
+    (asked.out / f"curves_{asked.prompts}.json").write_text(json.dumps(curves, indent=1))
+    draw(curves, asked.out / f"curves_{asked.prompts}.svg")
+    summary: dict[str, Any] = {"updates": asked.updates, "prompts": asked.prompts, "seeds": asked.seeds}
     summary["final"] = {name: mean_and_interval([run[max(run)] for run in runs]) for name, runs in curves.items()}
     if "grpo" in curves:
         target = min(max(run.values()) for run in curves["grpo"])

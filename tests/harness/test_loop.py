@@ -23,8 +23,9 @@ def small_loop(recipes: Path, folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     for file in recipes.glob("*.yml"):
         shutil.copy(file, folder)
-    distill = yaml.safe_load((folder / "instruct_distill.yml").read_text())
-    (folder / "instruct_distill.yml").write_text(yaml.safe_dump({**distill, "num_epochs": 1, "micro_batch_size": 16}))
+    for name in ("instruct_distill.yml", "on_policy_kl.yml"):
+        written = yaml.safe_load((folder / name).read_text())
+        (folder / name).write_text(yaml.safe_dump({**written, "num_epochs": 1, "micro_batch_size": 16}))
     questions = [json.loads(line) for line in (recipes.parent / "tasks/mini_math/prompts.jsonl").open()][:32]
     rows = [{"problem": question["question"], "answer": "0"} for question in questions]
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -122,6 +123,19 @@ def test_labels_are_the_model_s_own(finished: tuple[Path, Path, str], recipes: P
     theirs = finished[0] / "iter_01"
     assert answers(ours) == answers(theirs)
     assert training_set(ours) == training_set(theirs)
+
+
+def test_on_policy_takes_the_place_of_the_answers(recipes: Path, tmp_path: Path) -> None:
+    config = small_loop(recipes, tmp_path / "mine")
+    said = ts_loop("--config", config, "--out", tmp_path / "runs", "--distill", "on-policy")
+    assert "distill" in said.stdout
+    assert "32 prompts" in said.stdout
+    run = tmp_path / "runs" / "small"
+    recipe = yaml.safe_load((run / "iter_01/distill/recipe.yml").read_text())
+    assert recipe["on_policy_kl"]["teacher"] == str(recipes / "mini/thinking")
+    assert (run / "iter_01/distill/instruct/model.safetensors").is_file()
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert [row["iteration"] for row in rows] == [0, 0, 1, 1]
 
 
 def training_set(iteration: Path) -> bytes:

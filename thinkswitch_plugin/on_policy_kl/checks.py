@@ -20,6 +20,8 @@ REFUSED = {
     "test_datasets": "there are no labels to evaluate against; score the checkpoint with lm_eval",
     "streaming": "prompts are tokenised beforehand; remove it",
     "context_parallel_size": "rollouts are not split over devices; remove it",
+    "fsdp_config": "rollouts need whole weights on each device; use plain data parallel training",
+    "deepspeed": "rollouts need whole weights on each device; use plain data parallel training",
 }
 
 

@@ -127,16 +127,17 @@ class Teacher:
         answer; one that never closes is None.
         """
         new = list(dict.fromkeys(tuple(prompt) for prompt in prompts if tuple(prompt) not in self._traces))
-        if new:
+        settings = GenerationConfig(
+            max_new_tokens=self.config.trace_max_new_tokens,
+            eos_token_id=end_tokens(self.model, self.tokenizer),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+        )
+        size = self.config.rollout_batch_size or max(1, len(new))
+        for batch in (new[start : start + size] for start in range(0, len(new), size)):
             with self._awake() as model:
-                settings = GenerationConfig(
-                    max_new_tokens=self.config.trace_max_new_tokens,
-                    eos_token_id=end_tokens(model, self.tokenizer),
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    use_cache=True,
-                )
-                written, _ = generate(model, new, settings, self.tokenizer.pad_token_id)
-            for prompt, tokens in zip(new, written, strict=True):
+                written, _ = generate(model, batch, settings, self.tokenizer.pad_token_id)
+            for prompt, tokens in zip(batch, written, strict=True):
                 self._traces[prompt] = through_closing_tag(tokens, self.tokenizer, self.config.tags[1])
         return [self._traces[tuple(prompt)] for prompt in prompts]
 

@@ -1,9 +1,9 @@
 """One training step: the student answers, the teacher scores, the divergence goes down.
 
-    for each batch of prompts:
-        rollouts  = the student's answers                       (rollouts)
-        states    = the teacher's hidden states on them         (scoring)
-        loss      = Σ divergence / answer tokens of the step    (loss)
+    rollouts  = the student's answers to the step's prompts   (rollouts)
+    for each micro-batch of rollouts:
+        states = the teacher's hidden states on it            (scoring)
+        loss   = Σ divergence / answer tokens of the step     (loss)
 
 On-policy distillation (GKD, arXiv 2306.13649; Thinking Machines Lab 2025); with the teacher reading a trace that the
 student does not see, as OPSD (arXiv 2601.18734) does with gold solutions: here the trace is the teacher's own.
@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
-from axolotl.utils.logging import get_logger
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,7 +38,6 @@ from thinkswitch_plugin.on_policy_kl.rollouts import (
 from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight
 from thinkswitch_plugin.on_policy_kl.view import show
 
-LOG = get_logger("axolotl.thinkswitch.on_policy_kl")  # Axolotl shows INFO of loggers under its own name only
 SHOWN = 3
 
 COLUMNS = ("input_ids", "teacher_input_ids", "teacher_thinks")  # of the prompt dataset
@@ -54,7 +52,7 @@ def collate(rows: list[Batch]) -> Batch:
 
 
 class Tally:
-    """Sums over a logging interval, from all micro-batches of this process."""
+    """Sums over a logging interval, from all micro-batches of this process; the first process's are logged."""
 
     def __init__(self) -> None:
         """Start at zero."""

@@ -51,6 +51,7 @@ def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any] | No
     [
         ({"sample_packing": True}, "sample_packing is set"),
         ({"rl": "grpo"}, "rl is set"),
+        ({"fsdp_config": {"fsdp_version": 2}}, "fsdp_config is set"),
         ({"val_set_size": 0.1}, "val_set_size is set"),
         ({"test_datasets": [ENTRY]}, "test_datasets is set"),
         ({"datasets": [ENTRY, {"path": "x", "type": "alpaca"}]}, "every dataset needs `type:"),
