@@ -40,7 +40,11 @@ RATES = {
     "warm_jsd": 2e-3,
     "grpo": 2e-4,
 }
-BLOCKS = {"on_policy_plain": {"context": "prompt"}, "on_policy_trace": {}, "on_policy_jsd": {"divergence": "jsd"}}
+BLOCKS = {
+    "on_policy_plain": {"context": "prompt", "divergence": "reverse_kl"},
+    "on_policy_trace": {"divergence": "reverse_kl"},
+    "on_policy_jsd": {"divergence": "jsd"},
+}
 
 
 def gold(question: str) -> int:

@@ -52,7 +52,9 @@ def ours(folder: Path, steps: int, batch: int, accumulation: int) -> dict[str, f
         seed=SEED,
     )
     teacher = str(RECIPES / "mini/thinking")
-    recipe["on_policy_kl"].update(teacher=teacher, context="prompt", max_new_tokens=LONGEST, show_every=0)
+    recipe["on_policy_kl"].update(
+        teacher=teacher, context="prompt", divergence="reverse_kl", max_new_tokens=LONGEST, show_every=0
+    )
     (folder / "ours.yml").write_text(yaml.safe_dump(recipe))
     command = [Path(sys.executable).with_name("axolotl"), "train", folder / "ours.yml", "--launcher", "python"]
     said = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -145,7 +145,7 @@ def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View, threads:
         if stage.name == "generate":
             facts["labels"] = check_labels(stage)
         if stage.name == "distill":
-            said = last_words(log, count=1000)
+            said = log.read_text(encoding="utf-8", errors="replace").splitlines()
             facts["prepared"] = [line.partition(mark)[2] for line in said for mark in PREPARED if mark in line]
         if stage.name == "evaluate":
             facts["rows"] = [

@@ -20,6 +20,8 @@ REFUSED = {
     "test_datasets": "there are no labels to evaluate against; score the checkpoint with lm_eval",
     "streaming": "prompts are tokenised beforehand; remove it",
     "context_parallel_size": "rollouts are not split over devices; remove it",
+    "lora_qkv_kernel": "it patches the teacher's layers too; set it to false",
+    "lora_o_kernel": "it patches the teacher's layers too; set it to false",
     "fsdp_config": "rollouts need whole weights on each device; use plain data parallel training",
     "deepspeed": "rollouts need whole weights on each device; use plain data parallel training",
 }

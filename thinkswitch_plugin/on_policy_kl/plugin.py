@@ -39,6 +39,10 @@ class OnPolicyKLPlugin(BasePlugin):
         config = read_block(cfg.get("on_policy_kl"))
         entries = entries_of(cfg, DATASET_TYPE)
         check_recipe(cfg, len(entries), DATASET_TYPE)
+        # Axolotl's LoRA kernels patch the attention class itself, which the teacher's layers are of too.
+        for kernel in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
+            if cfg.get(kernel) is None:
+                cfg[kernel] = False
         for entry in entries:
             entry["input_transform"] = f"on_policy_kl {fingerprint(entry, config, OUTCOME_VERSION)}"
 

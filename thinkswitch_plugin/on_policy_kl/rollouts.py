@@ -7,12 +7,14 @@ reads (`scoring`), the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import requests
 import torch
-from torch import Tensor
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
@@ -52,10 +54,28 @@ class Sequences(NamedTuple):
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the generation config's, else the tokenizer's."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    """The ids that end an answer: the tokenizer's first, then what the generation config adds."""
+    more = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+    return [end for end in dict.fromkeys(ends) if end is not None]
+
+
+@contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """A model as it answers: dropout off, cache allowed; afterwards as it was.
+
+    Layers in NF4 stay in training mode, which means nothing else to them: on some CPUs (AVX512-BF16) bitsandbytes 0.50
+    packs such a layer anew the first time it runs in evaluation mode, for good, and backward then reads it wrongly.
+    """
+    training = model.training
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.train()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -145,6 +165,8 @@ def from_server(
         "temperature": config.temperature,
         "top_p": config.top_p,
         "top_k": config.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "logprobs": 1,
         "return_token_ids": True,
     }

@@ -16,9 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
-from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, end_tokens, generate
+from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, end_tokens, generate
 
-RESCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # models whose logits are not hidden @ headᵀ
+TOKENS = 16_384  # the teacher reads at once
+RESCALED = (
+    "final_logit_softcapping",
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+)  # models whose logits are not hidden @ headᵀ
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
@@ -30,8 +36,9 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     head = model.get_output_embeddings()
     saved = getattr(head, "modules_to_save", None)
     if isinstance(saved, nn.ModuleDict):  # peft keeps a trained copy of a whole layer
-        head = saved[head.active_adapter]
-    rescaled = [key for key in RESCALED if getattr(model.config, key, None) not in (None, 1, 1.0)]
+        head = head.original_module if head.disable_adapters else saved[head.active_adapters[0]]
+    config = model.config.get_text_config()
+    rescaled = [key for key in RESCALED if getattr(config, key, None) not in (None, 1, 1.0)]
     if rescaled or getattr(head, "bias", None) is not None:
         raise ValueError(f"{model.config.model_type}: its logits have a bias or {', '.join(RESCALED)}: not supported")
     if hasattr(head, "base_layer"):
@@ -101,13 +108,8 @@ class Teacher:
     @contextmanager
     def _awake(self) -> Iterator[PreTrainedModel]:
         """The teacher's model as it is to be called: adapter and dropout off, no gradient."""
-        training = self.model.training
-        with torch.no_grad(), self._off():
-            self.model.eval()
-            try:
-                yield self.model
-            finally:
-                self.model.train(training)
+        with torch.no_grad(), self._off(), answering(self.model):
+            yield self.model
 
     @property
     def head(self) -> Tensor:
@@ -117,8 +119,10 @@ class Teacher:
 
     def states(self, batch: Sequences) -> Tensor:
         """Its last hidden states [N, K] at the positions that predict answer tokens."""
+        rows = max(1, TOKENS // batch.input_ids.shape[1])  # a trace may be long, and comes with every rollout
         with self._awake() as model:
-            return answer_states(model, model, batch)
+            parts = zip(*(part.split(rows) for part in batch), strict=True)
+            return torch.cat([answer_states(model, model, Sequences(*part)) for part in parts])
 
     def think(self, prompts: Sequence[Sequence[int]]) -> list[list[int] | None]:
         """Let the teacher write a trace after each prompt, once for each distinct prompt of a run.

@@ -140,10 +140,11 @@ def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any] | None = No
         raise ValueError(f"on_policy_kl: {path}: type {DATASET_TYPE} needs `plugins: [{PLUGIN}]` in the recipe")
     config = read_block(cfg.get("on_policy_kl"))
     template = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)
+    options = dict(cfg.get("chat_template_kwargs") or {})
 
     def student(messages: list[dict[str, str]]) -> list[int]:
         text = tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False, **options
         )
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

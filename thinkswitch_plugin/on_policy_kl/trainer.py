@@ -14,6 +14,7 @@ Knows the order of things and the Hugging Face trainer's hooks. Leaves the math 
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from thinkswitch_plugin.on_policy_kl.loss import Samples, TokenLoss, token_loss
 from thinkswitch_plugin.on_policy_kl.rollouts import (
     Rollout,
     Sequences,
+    answering,
     end_tokens,
     from_server,
     left_padded,
@@ -92,7 +94,9 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         """
         self.opd, self.teacher, self.tokenizer = config, teacher, tokenizer
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.ends = end_tokens(self.accelerator.unwrap_model(self.model), tokenizer)
+        student = self.accelerator.unwrap_model(self.model)
+        head_weight(student)  # refuses what it cannot score, before the first rollout
+        self.ends = end_tokens(student, tokenizer)
         self.tally = Tally()
         self._shown = 0  # the last step whose rollouts were shown
 
@@ -117,23 +121,22 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         """
         contexts = self.contexts(rows)
         asked = [(ids, context) for ids, context in zip(rows["input_ids"], contexts, strict=True) if context]
-        size = max(1, (self.opd.rollout_batch_size or len(rows["input_ids"])) // self.opd.rollouts_per_prompt)
+        size = self.opd.rollout_batch_size
+        size = max(1, size // self.opd.rollouts_per_prompt if size else len(asked))
         student = self.accelerator.unwrap_model(self.model)
-        student.eval()
+        if not all(bool(p.isfinite().all()) for p in student.parameters() if p.requires_grad):
+            ids, mask = left_padded(rows["input_ids"], self.pad, torch.device("cpu"))
+            self.fail("the student's weights are not numbers", {"input_ids": ids, "attention_mask": mask})
         rollouts: list[Rollout] = []
-        for start in range(0, len(asked), size):
-            prompts = [ids for ids, _ in asked[start : start + size]]
-            try:
+        # A stream of random numbers of this step's and this process's own, the same after a resume.
+        with torch.random.fork_rng(), answering(student):
+            torch.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + self.args.process_index)
+            for start in range(0, len(asked), size):
+                prompts = [ids for ids, _ in asked[start : start + size]]
                 if self.opd.server:
                     rollouts += from_server(prompts, self.opd, self.ends, self.tokenizer)
                 else:
                     rollouts += sample(student, prompts, self.opd, self.ends, self.pad)
-            except RuntimeError as error:
-                if "probability tensor" not in str(error):  # what sampling from nothing but NaN ends in
-                    raise
-                ids, mask = left_padded(prompts, self.pad, torch.device("cpu"))
-                self.fail("the student's predictions are not numbers", {"input_ids": ids, "attention_mask": mask})
-        student.train()
         theirs = [context for _, context in asked for _ in range(self.opd.rollouts_per_prompt)]
         pairs = zip(rollouts, theirs, strict=True)
         kept = [(roll, context) for roll, context in pairs if set(roll.answer) - set(self.ends)]
@@ -168,6 +171,7 @@ class OnPolicyKLTrainer(AxolotlTrainer):
                     "log_probs": torch.tensor([value for values in known for value in values]),
                 }
             )
+        random.Random(self.state.global_step).shuffle(batches)  # the first one is shown, and should not be the shortest
         return batches
 
     def contexts(self, rows: Batch) -> list[list[int] | None]:

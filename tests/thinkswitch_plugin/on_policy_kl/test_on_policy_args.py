@@ -34,6 +34,7 @@ ENTRY = {"path": "prompts.jsonl", "type": "thinkswitch_plugin.on_policy_kl"}
         ({"teacher": "self", "estimator": "sampled", "top_k": 20}, "set temperature 1, top_p 1 and top_k 0"),
         ({"teacher": "self", "estimator": "sampled", "divergence": "jsd"}, "estimates reverse_kl only"),
         ({"teacher": "self", "teacher_load_in_4bit": True}, "teacher self has no weights of its own"),
+        ({"teacher": "self", "rollouts_per_prompt": 8, "rollout_batch_size": 4}, "rollout_batch_size is less than"),
         ({"teacher": "self", "server": "http://localhost:8000"}, "server needs server_model"),
         ({"teacher": "self", "server": "localhost:8000", "server_model": "m"}, "on_policy_kl.server"),
     ],

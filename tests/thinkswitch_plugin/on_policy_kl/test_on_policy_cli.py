@@ -63,7 +63,7 @@ def test_accumulation_and_two_processes_train_as_one_batch_does(train: Any, reci
 
 def test_full_finetuning_with_gradient_checkpointing_and_the_sampled_estimator(train: Any, tmp_path: Path) -> None:
     said = train(
-        block={"estimator": "sampled", "context": "prompt", "rollouts_per_prompt": 2},
+        block={"divergence": "reverse_kl", "estimator": "sampled", "context": "prompt", "rollouts_per_prompt": 2},
         adapter=None,
         gradient_checkpointing=True,
         learning_rate=1e-4,
@@ -80,6 +80,7 @@ def test_prompts_alone_do_and_the_teacher_thinks_for_itself(train: Any, recipes:
         datasets=[{"path": str(tmp_path / "mine.jsonl"), "type": "thinkswitch_plugin.on_policy_kl"}],
     )
     assert "16 prompts" in said.stdout + said.stderr
+    assert len(logged(said, "kl")) == 2
     assert all(value > 0 for value in logged(said, "kl"))
 
 

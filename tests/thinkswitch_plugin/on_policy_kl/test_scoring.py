@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
-from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, sequences
+from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, sequences
 from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight, through_closing_tag
 
 
@@ -65,6 +66,36 @@ def test_self_is_the_base_without_the_adapter_or_a_second_copy(pair: Any, tokeni
     assert student.training
     assert teacher.model is student
     assert sum(parameter.numel() for parameter in student.parameters()) == before
+
+
+def test_gradients_through_nf4_are_the_same_after_answering(recipes: Path, batch: Sequences) -> None:
+    """bitsandbytes packs a layer anew when it runs in evaluation mode on some CPUs, and backward reads it wrongly."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(recipes / "mini/instruct", quantization_config=nf4, dtype=torch.float32)
+    student = with_adapter(base).train()
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    norms = []
+    for _ in range(2):
+        student.zero_grad()
+        answer_states(student, student, batch).pow(2).sum().backward()
+        norms.append(torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm())
+        with torch.no_grad(), answering(student):
+            assert not student.training
+            student(input_ids=batch.input_ids)
+        assert student.training
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)
+
+
+def test_a_trained_head_is_the_student_s_and_the_one_before_the_teacher_s(pair: Any, tokenizer: Any) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    student = get_peft_model(copy.deepcopy(pair["instruct"]), config)
+    with torch.no_grad():
+        head_weight(student).add_(1.0)
+    teacher = Teacher(OnPolicyKLConfig(teacher="self"), student, tokenizer, torch.float32)
+    torch.testing.assert_close(teacher.head, pair["instruct"].lm_head.weight.detach())
+    torch.testing.assert_close(head_weight(student).detach(), teacher.head + 1.0)
 
 
 def test_self_needs_an_adapter(pair: Any, tokenizer: Any) -> None:
