@@ -93,9 +93,7 @@ class OnPolicyKLConfig(BaseModel):
                 "set temperature above 0 or remove them"
             )
         if self.rollout_batch_size and self.rollout_batch_size < self.rollouts_per_prompt:
-            raise ValueError(
-                "rollout_batch_size is less than rollouts_per_prompt, which are written together; raise it"
-            )
+            raise ValueError("rollout_batch_size is less than rollouts_per_prompt, which are written together")
         if self.estimator == "sampled":
             if self.divergence != "reverse_kl":
                 raise ValueError("estimator sampled estimates reverse_kl only; remove divergence or set estimator full")

@@ -19,12 +19,8 @@ from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, end_tokens, generate
 
 TOKENS = 16_384  # the teacher reads at once
-RESCALED = (
-    "final_logit_softcapping",
-    "logits_scaling",
-    "logit_scale",
-    "lm_head_multiplier",
-)  # models whose logits are not hidden @ headᵀ
+# Models whose logits are not hidden @ headᵀ.
+RESCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
