@@ -10,9 +10,32 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+
+Block = TypeVar("Block", bound=BaseModel)
+
+
+def checked(name: str, model: type[Block], block: Mapping[str, Any] | None) -> Block:
+    """Read a plugin's block of a recipe.
+
+    Args:
+        name: the block's key in the recipe.
+        model: what it may say.
+        block: as YAML gave it, None where the recipe has none.
+
+    Returns:
+        The checked block, with defaults for what it leaves out.
+
+    Raises:
+        ValueError: one line that names every key that is wrong, and why.
+    """
+    try:
+        return model.model_validate({} if block is None else block)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, (name, *fault['loc'])))}: {fault['msg']}" for fault in error.errors())
+        raise ValueError(f"{faults} (keys: {', '.join(model.model_fields)})") from None
 
 
 def is_listed(cfg: Mapping[str, Any], plugin: str) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from thinkswitch_plugin.recipe import checked
 
 DATASET_TYPE = "thinkswitch_plugin.on_policy_kl"
 PLUGIN = f"{DATASET_TYPE}.OnPolicyKLPlugin"
@@ -117,21 +119,5 @@ class OnPolicyKLArgs(BaseModel):
 
 
 def read_block(block: Mapping[str, Any] | None) -> OnPolicyKLConfig:
-    """Read a recipe's `on_policy_kl:` block.
-
-    Args:
-        block: the block as YAML gave it, None where the recipe has none.
-
-    Returns:
-        The checked block, with defaults for what it leaves out.
-
-    Raises:
-        ValueError: one line that names every key that is wrong, and why.
-    """
-    try:
-        return OnPolicyKLConfig.model_validate({} if block is None else block)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, ('on_policy_kl', *fault['loc'])))}: {fault['msg']}" for fault in error.errors()
-        )
-        raise ValueError(f"{faults} (keys: {', '.join(OnPolicyKLConfig.model_fields)})") from None
+    """Read a recipe's `on_policy_kl:` block; raises `ValueError` with one line, as `checked` does."""
+    return checked("on_policy_kl", OnPolicyKLConfig, block)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from thinkswitch_plugin.recipe import checked
 from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS, split_trace
 
 DATASET_TYPE = "thinkswitch_plugin.trace_stripping"
@@ -49,21 +50,5 @@ class TraceStrippingArgs(BaseModel):
 
 
 def read_block(block: Mapping[str, Any] | None) -> TraceStrippingConfig:
-    """Read a recipe's `trace_stripping:` block.
-
-    Args:
-        block: the block as YAML gave it, None where the recipe has none.
-
-    Returns:
-        The checked block, with defaults for what it leaves out.
-
-    Raises:
-        ValueError: one line that names every key that is wrong, and why.
-    """
-    try:
-        return TraceStrippingConfig.model_validate({} if block is None else block)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, ('trace_stripping', *fault['loc'])))}: {fault['msg']}" for fault in error.errors()
-        )
-        raise ValueError(f"{faults} (keys: {', '.join(TraceStrippingConfig.model_fields)})") from None
+    """Read a recipe's `trace_stripping:` block; raises `ValueError` with one line, as `checked` does."""
+    return checked("trace_stripping", TraceStrippingConfig, block)
