@@ -72,6 +72,19 @@ def test_full_finetuning_with_gradient_checkpointing_and_the_sampled_estimator(t
     assert (tmp_path / "on_policy/model.safetensors").is_file()
 
 
+def test_self_with_lora_and_checkpointing_in_two_processes_starts_at_no_divergence(train: Any) -> None:
+    said = train(
+        block={"teacher": "self", "context": "prompt"},
+        processes=2,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        max_steps=1,
+    )
+    assert len(logged(said, "kl")) == 1
+    assert abs(logged(said, "kl")[0]) < 1e-5  # a new adapter changes nothing yet
+    assert logged(said, "student_entropy") == logged(said, "teacher_entropy")
+
+
 def test_prompts_alone_do_and_the_teacher_thinks_for_itself(train: Any, recipes: Path, tmp_path: Path) -> None:
     rows = [{"problem": f"Compute {n}+26-13.", "answer": "gold, not read"} for n in range(20, 36)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
