@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -97,11 +98,18 @@ def test_prompts_alone_do_and_the_teacher_thinks_for_itself(train: Any, recipes:
     assert all(value > 0 for value in logged(said, "kl"))
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_batch(train: Any, tmp_path: Path) -> None:
-    said = train(ok=False, block=GREEDY, learning_rate=1e18, max_steps=8)
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ({"optimizer": "adamw_torch", "learning_rate": 1e18}, "the student's weights are not numbers"),
+        ({"optimizer": "sgd", "learning_rate": 1e24}, "the loss is not a number"),
+    ],
+)
+def test_what_is_not_a_number_stops_the_run_and_keeps_the_batch(train: Any, how: dict[str, Any], what: str) -> None:
+    said = train(ok=False, block=GREEDY, max_steps=8, **how)
     (line,) = [line for line in said.stderr.splitlines() if line.startswith("ValueError: on_policy_kl")]
-    found = re.search(r"the loss is not a number at step \d; its batch is in (\S+)$", line)
-    assert found
+    found = re.search(rf"on_policy_kl: {what} at step \d; its batch is in (\S+)$", line)
+    assert found, line
     batch = load_file(found.group(1))
-    assert batch["input_ids"].shape == batch["answers"].shape
-    assert batch["teacher_answers"].sum() == batch["answers"].sum() > 0
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert len(batch["input_ids"]) == 8
