@@ -111,7 +111,7 @@ def curve(lab: Lab, method: str, updates: int, prompts: int, seed: int, **change
         first = updates // 3 // EVERY * EVERY
         begun = curve(lab, "answer_only", first, prompts, seed, lr_scheduler="constant")
         warm = lab.merge(lab.out / f"answer_only_{prompts}_{seed}_lr_scheduler_constant")
-        settings.update(max_steps=updates - first, on_policy_kl={"divergence": "jsd"})
+        settings.update(max_steps=updates - first, on_policy_kl=BLOCKS["on_policy_jsd"])
         folder = lab.train(name, "on_policy_kl", warm, [labels], seed, **settings)
         return {**begun, **{step + first: value for step, value in lab.curve(warm, folder, TASK).items() if step}}
     if method in BLOCKS:

@@ -11,6 +11,7 @@ that of the medians. Ends with one line of JSON; the bound is 0.8.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import statistics
@@ -18,18 +19,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import yaml
+from mini_lab import INSTRUCT, LORA, RECIPES, ROOT, THINKING
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-LONGEST, RATE, RANK, SEED = 16, 1e-4, 16, 42
+LONGEST, RATE, SEED = 16, 1e-4, 42
 os.environ.update(AXOLOTL_DO_NOT_TRACK="1", HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
 
 
 def prompts(count: int) -> list[str]:
     """The shipped training prompts, arithmetic only, so that answers are of one kind."""
-    rows = (RECIPES.parent / "tasks/mini_math/prompts.jsonl").open(encoding="utf-8")
+    rows = (ROOT / "tasks/mini_math/prompts.jsonl").open(encoding="utf-8")
     return [json.loads(line)["question"] for line in rows][:count]
 
 
@@ -38,12 +38,11 @@ def ours(folder: Path, steps: int, batch: int, accumulation: int) -> dict[str, f
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"problem": p}) + "\n" for p in prompts(steps * batch)))
     recipe = yaml.safe_load((RECIPES / "on_policy_kl.yml").read_text())
     recipe.update(
-        base_model=str(RECIPES / "mini/instruct"),
+        LORA,
+        base_model=str(INSTRUCT),
         datasets=[{"path": str(folder / "prompts.jsonl"), "type": "thinkswitch_plugin.on_policy_kl"}],
         dataset_prepared_path=str(folder / "prepared"),
         output_dir=str(folder / "ours"),
-        adapter="lora",
-        load_in_4bit=False,
         micro_batch_size=batch // accumulation,
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
@@ -51,22 +50,15 @@ def ours(folder: Path, steps: int, batch: int, accumulation: int) -> dict[str, f
         logging_steps=steps,
         seed=SEED,
     )
-    teacher = str(RECIPES / "mini/thinking")
     recipe["on_policy_kl"].update(
-        teacher=teacher, context="prompt", divergence="reverse_kl", max_new_tokens=LONGEST, show_every=0
+        teacher=str(THINKING), context="prompt", divergence="reverse_kl", max_new_tokens=LONGEST, show_every=0
     )
     (folder / "ours.yml").write_text(yaml.safe_dump(recipe))
     command = [Path(sys.executable).with_name("axolotl"), "train", folder / "ours.yml", "--launcher", "python"]
     said = subprocess.run(command, check=True, capture_output=True, text=True)
-    logs = [eval_line(line) for line in said.stdout.splitlines() if line.startswith("{'")]
+    logs = [ast.literal_eval(line) for line in said.stdout.splitlines() if line.startswith("{'")]
     runtime = next(float(log["train_runtime"]) for log in logs if "train_runtime" in log)
     return {"s": runtime, "length": next(float(log["opd/length"]) for log in logs if "opd/length" in log)}
-
-
-def eval_line(line: str) -> dict[str, Any]:
-    """A logged dictionary: text to text."""
-    result: dict[str, Any] = json.loads(line.replace("'", '"'))
-    return result
 
 
 def trl(folder: Path, steps: int, batch: int, accumulation: int) -> dict[str, float]:
@@ -76,9 +68,7 @@ def trl(folder: Path, steps: int, batch: int, accumulation: int) -> dict[str, fl
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.experimental.distillation import DistillationConfig, DistillationTrainer
 
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(RECIPES / "mini" / who) for who in ("instruct", "thinking")
-    )
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (INSTRUCT, THINKING))
     rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts(steps * batch)]
     trainer = DistillationTrainer(
         model=student,
@@ -105,8 +95,13 @@ def trl(folder: Path, steps: int, batch: int, accumulation: int) -> dict[str, fl
             seed=SEED,
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(RECIPES / "mini/instruct"),
-        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear"),
+        processing_class=AutoTokenizer.from_pretrained(INSTRUCT),
+        peft_config=LoraConfig(
+            r=LORA["lora_r"],
+            lora_alpha=LORA["lora_alpha"],
+            lora_dropout=LORA["lora_dropout"],
+            target_modules="all-linear",
+        ),
     )
     metrics = trainer.train().metrics
     lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "completions/mean_length" in log]

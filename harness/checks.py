@@ -15,6 +15,7 @@ from typing import Any
 from harness.errors import LoopError
 from harness.rundir import read_json
 from thinkswitch_plugin.prompts import read_prompts
+from thinkswitch_plugin.recipe import may_be_hub_id
 
 SHAPE_KEYS = (
     "model_type",
@@ -38,7 +39,7 @@ def local_checkpoint(name: str, role: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not may_be_hub_id(name):
         raise LoopError(f"--{role} {name}: no such folder, and not a hub id (owner/name) either")
     from huggingface_hub import snapshot_download
 

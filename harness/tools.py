@@ -272,8 +272,8 @@ def _progress(log: Path, start: int) -> tuple[int, int] | None:
     return (int(found[-1][0]), int(found[-1][1])) if found else None
 
 
-def last_words(log: Path, start: int = 0, count: int = 1) -> list[str]:
-    """The last lines of a log that say something: no progress bars, no frames of a traceback."""
+def last_words(log: Path, start: int = 0) -> list[str]:
+    """The last line of a log that says something, if any: no progress bars, no frames of a traceback."""
     try:
         with log.open("rb") as file:
             file.seek(max(start, log.stat().st_size - 65536))
@@ -281,7 +281,7 @@ def last_words(log: Path, start: int = 0, count: int = 1) -> list[str]:
     except OSError:
         return []
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if not NOISE.search(line)]
-    return lines[-count:]
+    return lines[-1:]
 
 
 def _obituary(title: str, exitcode: int, log: Path, start: int) -> str:

@@ -65,6 +65,7 @@ def _read_row(line: bytes, number: int) -> dict[str, Any]:
 
 
 def conversation(row: Mapping[str, Any]) -> list[Message]:
+    """The messages of one row: its `messages`, or else its `prompt` or `problem` as the user's; one-line ValueError."""
     if "messages" in row:
         return _checked_messages(row["messages"])
     key = next((key for key in ("prompt", "problem") if key in row), None)

@@ -38,6 +38,11 @@ def checked(name: str, model: type[Block], block: Mapping[str, Any] | None) -> B
         raise ValueError(f"{faults} (keys: {', '.join(model.model_fields)})") from None
 
 
+def may_be_hub_id(name: str) -> bool:
+    """Say whether a name that is no folder can be a hub's (owner/name), rather than a path to something missing."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def is_listed(cfg: Mapping[str, Any], plugin: str) -> bool:
     """Say whether the recipe lists a plugin, by either of its import paths (`FOLDER.Name`, `FOLDER.plugin.Name`)."""
     folder, _, name = plugin.rpartition(".")

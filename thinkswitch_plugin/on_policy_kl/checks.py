@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
+from thinkswitch_plugin.recipe import may_be_hub_id
 
 # What the rollouts rule out, and what to do about it.
 REFUSED = {
@@ -60,8 +61,7 @@ def check_teacher(config: OnPolicyKLConfig, student: str) -> None:
     if config.teacher == SELF:
         return
     name = config.teacher
-    local = Path(name).is_dir()
-    if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if not Path(name).is_dir() and not may_be_hub_id(name):
         raise ValueError(f"on_policy_kl: teacher {name}: no such folder, and not a hub id (owner/name) either")
     try:
         theirs = AutoConfig.from_pretrained(name).get_text_config()
