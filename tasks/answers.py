@@ -1,7 +1,8 @@
 """Grade what a model wrote: cut the trace off, read the final answer, compare it with the gold one.
 
-Knows how models state an integer or a decision (yes, no, maybe). Leaves the tags of a trace to `split_trace`, and which
-model wrote a text to the column `trace_opened` (see `dataset.py`).
+Knows how models state an integer or a decision (yes, no, maybe), and where a boxed answer stands. Leaves the tags of a
+trace to `split_trace`, which model wrote a text to the column `trace_opened` (see `dataset.py`), and what a box holds,
+where that is neither, to the task that asked for it.
 
 What follows the trace is all that is graded, and a trace that never closes is a wrong answer, whatever number the
 unfinished reasoning holds. A reader returns None where it finds no answer, or one it cannot read: never a guess.
@@ -28,12 +29,27 @@ def grade_integer(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, i
     Returns:
         The metrics of `count_traces` and `exact_match`, each 0 or 1.
     """
-    return _grade(doc, results, read_integer, int(doc["answer"]))
+    gold = int(doc["answer"])
+    return _grade(doc, results, lambda answer: read_integer(answer) == gold)
 
 
 def grade_decision(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
     """Grade one answer whose gold is yes, no or maybe; otherwise as `grade_integer`."""
-    return _grade(doc, results, read_decision, doc["answer"])
+    return _grade(doc, results, lambda answer: read_decision(answer) == doc["answer"])
+
+
+def grade_boxed(doc: Mapping[str, Any], results: Sequence[str], is_right: Callable[[str], bool]) -> dict[str, int]:
+    r"""Grade one answer by what its last `\boxed{}` with content holds; without one it is wrong.
+
+    Args:
+        doc: The row; `trace_opened` says whether the template opened the trace.
+        results: As for `grade_integer`.
+        is_right: Whether the content of the box is the gold answer.
+
+    Returns:
+        As `grade_integer`.
+    """
+    return _grade(doc, results, lambda answer: bool(box := _last_box(answer)) and is_right(box))
 
 
 def count_traces(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
@@ -51,11 +67,9 @@ def count_traces(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, in
     return {"closed_trace": int(status == "closed"), "truncated": int(status == "unclosed")}
 
 
-def _grade(
-    doc: Mapping[str, Any], results: Sequence[str], read: Callable[[str], int | str | None], gold: int | str
-) -> dict[str, int]:
+def _grade(doc: Mapping[str, Any], results: Sequence[str], is_right: Callable[[str], bool]) -> dict[str, int]:
     answer = _trace(doc, results).answer
-    return {"exact_match": int(answer is not None and read(answer) == gold), **count_traces(doc, results)}
+    return {"exact_match": int(answer is not None and is_right(answer)), **count_traces(doc, results)}
 
 
 def _trace(doc: Mapping[str, Any], results: Sequence[str]) -> Any:

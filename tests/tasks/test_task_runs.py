@@ -193,8 +193,9 @@ def test_every_task_is_generative_zero_shot_and_under_its_own_name(tasks_folder)
     from lm_eval.utils import load_yaml_config
 
     manager = TaskManager(include_path=str(tasks_folder), include_defaults=False)
-    assert manager.all_groups == ["thinkswitch"]
+    assert manager.all_groups == ["tah_math", "thinkswitch"]
     test = ["aime26", "pubmedqa30", "mini_math", "mini_qa"]
+    test += ["tah_aime25", "tah_amc23", "tah_gsm8k", "tah_math500", "tah_olympiadbench"]
     prompts = ["aime_prompts15", "pubmedqa_prompts15", *MINI_PROMPTS, "prompts_file"]
     assert manager.all_subtasks == sorted(test + prompts)
     for task in manager.all_subtasks:
