@@ -234,12 +234,19 @@ def _child(
 
 def _stop(child: multiprocessing.process.BaseProcess) -> None:
     """End a child and all it started: asked first, then killed."""
+    if child.pid is None:
+        return
     for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
-        if child.pid is None or child.exitcode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
+        if child.exitcode is not None:
+            break
+        try:
             os.killpg(child.pid, number)
+        except ProcessLookupError:  # it is so young that it has no group of its own yet
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, number)
         child.join(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # what it started may outlive it
 
 
 @contextlib.contextmanager
