@@ -1,0 +1,59 @@
+"""The depth-specific adapter: low-rank updates of linear layers that are off at depth 1 and on from depth 2.
+
+Knows one linear layer and the depth of the pass that runs. Peft's own adapters are switched by walking the whole model
+and turning `requires_grad` on and off with it, which a forward pass of several depths cannot do while its graph is
+kept; here a pass sets one number that all adapters of a model read. TaH, arXiv 2511.08577; LoRA, arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Depth:
+    """The depth of the pass that runs, 1 first; one object for all adapters of a model."""
+
+    def __init__(self) -> None:
+        self.now = 1
+
+
+class DepthLoRA(nn.Module):
+    """`base(x) + (alpha / r) · B A dropout(x)` from depth 2, and `base(x)` alone, bit for bit, at depth 1."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, depth: Depth):
+        """Wrap `base`, any linear layer (a quantised one too): A is [r, in], B is [out, r] and starts at zero."""
+        super().__init__()
+        self.base = base
+        device, dtype = base.weight.device, base.weight.dtype if base.weight.is_floating_point() else None
+        self.A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(base.out_features, r, device=device, dtype=dtype))
+        self.scale, self.dropout, self.depth = alpha / r, dropout, depth
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A as a linear layer draws its weights; B is zero, so an untrained adapter changes nothing."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] to [..., out]."""
+        out = self.base(x)
+        if self.depth.now == 1:
+            return out
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return out + F.linear(F.linear(x, self.A), self.B) * self.scale
+
+
+def add_adapters(layers: nn.Module, r: int, alpha: float, dropout: float) -> Depth:
+    """Put an adapter on every linear layer under `layers`; what is returned is what switches them."""
+    depth = Depth()
+    for name, module in list(layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(layers.get_submodule(parent), child, DepthLoRA(module, r, alpha, dropout, depth))
+    return depth

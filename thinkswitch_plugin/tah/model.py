@@ -1,0 +1,495 @@
+"""Think-at-Hard: a causal language model that reads the tokens it finds hard more than once.
+
+Knows the passes: which tokens a pass is made of, what it is fed, how its predictions add up, and the two losses.
+Leaves to others: what a pass sees (`attention`), its adapters (`lora`), who decides (`decider`), and where the labels
+come from (`oracle`). TaH, arXiv 2511.08577.
+
+With W the head, E the embedding and h_d the normed last hidden state of a token at depth d:
+
+    logits after depth d      W h_1 + … + W h_d  =  W (h_1 + … + h_d)
+    input of depth d + 1      Σ_k softmax(top-k of these logits)_k · E_k
+
+The head is linear, so the sum is kept in the hidden width, and a token's logits are made once its depth is known.
+The backbone's layers run as they are; this module calls them one by one to keep the hidden states that the decider
+reads and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from thinkswitch_plugin.tah.attention import FAR, NAME, Pass, TaHCache
+from thinkswitch_plugin.tah.config import TaHConfig
+from thinkswitch_plugin.tah.decider import Decider
+from thinkswitch_plugin.tah.lora import DepthLoRA, add_adapters
+
+LOGITS = 40_000_000  # floats of logits at once where many tokens are looked at: 160 MB
+LOADER = "tah_auto.py"
+LOADER_TEXT = '''"""Lets stock loaders find the classes of this checkpoint; needs the package `thinkswitch`."""
+
+from thinkswitch_plugin.tah.config import TaHConfig
+from thinkswitch_plugin.tah.model import TaHForCausalLM
+
+__all__ = ["TaHConfig", "TaHForCausalLM"]
+'''
+
+
+@dataclass
+class TaHOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: scalar, with `labels`.
+        logits: [B, kept, V], summed over depths; None in training.
+        past_key_values: the cache, with `use_cache`.
+        depth: int64 [B, T], passes each token took, 0 at padding.
+        continue_logits: [B, T], the learned decider's log-odds after depth 1, NaN where it was not asked; None without
+            a learned decider.
+        decided: int64 scalar, how many supervised decisions the decider's loss sums over; None without one.
+        right: int64 scalar, how many of them were right at the threshold.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    depth: Tensor | None = None
+    continue_logits: Tensor | None = None
+    decided: Tensor | None = None
+    right: Tensor | None = None
+
+
+class _Top(NamedTuple):
+    """The largest logits of N tokens: values [N, k], largest first, and int64 word ids [N, k]."""
+
+    values: Tensor
+    words: Tensor
+
+
+class TaHForCausalLM(PreTrainedModel, GenerationMixin):
+    """A backbone of the Qwen3/Llama family, a depth-specific adapter and a decider.
+
+    `objective` says what `labels` and `target_depth` train: `tokens` (stage 1: cross-entropy of the summed logits) or
+    `decider` (stage 2: weighted binary cross-entropy of the decider, everything else without a graph).
+    """
+
+    config_class = TaHConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (a name that transformers reads)
+    config: TaHConfig
+
+    def __init__(self, config: TaHConfig, backbone: PreTrainedModel | None = None):
+        """Build around `backbone`, or around one with random weights; see `from_backbone` and `from_pretrained`."""
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
+        self._check_backbone()
+        self.backbone.set_attn_implementation(NAME)
+        self.objective = "tokens"
+        self.pos_weight = 1.0
+        self._switch = add_adapters(self._decoder.layers, config.lora_r, config.lora_alpha, config.lora_dropout)
+        self.decider = self._new_decider() if config.decider_hidden else None
+        self.post_init()
+
+    def _new_decider(self) -> Decider:
+        config = self.config
+        decider = Decider(
+            config.text_config.hidden_size,
+            len(config.decider_layers),
+            config.mix_top_k,
+            config.decider_hidden,
+            config.decider_expansion,
+            config.decider_dropout,
+        )
+        return decider.to(self._embedding.weight)
+
+    def begin_decider(self, pos_weight: float, **settings: Any) -> None:
+        """Start stage 2: a new decider as `settings` (of `TaHConfig`) say, and gradients for nothing else.
+
+        Args:
+            pos_weight: weight of the tokens that should continue in the decider's loss.
+            settings: its layers, widths and threshold.
+
+        Raises:
+            ValueError: a setting is wrong.
+        """
+        self.config.update(settings)
+        self.config.check()
+        self.decider = self._new_decider()
+        self.requires_grad_(False)
+        self.decider.requires_grad_(True)
+        self.objective, self.pos_weight = "decider", pos_weight
+
+    def added_parameters(self) -> int:
+        """How many parameters the adapter and the decider add to the backbone."""
+        adapters = [m for m in self.modules() if isinstance(m, DepthLoRA)]
+        return sum(m.A.numel() + m.B.numel() for m in adapters) + sum(
+            p.numel() for p in (self.decider.parameters() if self.decider is not None else ())
+        )
+
+    # --- loading and saving ---
+
+    @classmethod
+    def from_backbone(cls, backbone: PreTrainedModel, **settings: Any) -> TaHForCausalLM:
+        """Wrap a loaded causal language model, whose weights are kept; `settings` are those of `TaHConfig`.
+
+        Raises:
+            ValueError: the backbone is not built as those of the Qwen3/Llama family are, or a setting is wrong.
+        """
+        config = TaHConfig(text_config=backbone.config, **settings)
+        for parameter in backbone.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        model = cls(config, backbone)
+        model.generation_config = backbone.generation_config
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TaHForCausalLM:
+        """Load a checkpoint; keys of `TaHConfig` among the arguments (`threshold`, `decider`, …) replace its own.
+
+        Raises:
+            ValueError: the folder is no TaH checkpoint, or holds weights that are a pickle.
+        """
+        folder = Path(str(pretrained_model_name_or_path))
+        pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+        if pickles:
+            raise ValueError(f"tah: {folder / pickles[0]} is a pickle, which runs code when read; use safetensors")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write weights (safetensors), config and the few lines by which stock loaders find the classes."""
+        self.config.auto_map = {
+            "AutoConfig": f"{Path(LOADER).stem}.TaHConfig",
+            "AutoModelForCausalLM": f"{Path(LOADER).stem}.TaHForCausalLM",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / LOADER).write_text(LOADER_TEXT, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: saving must not copy this package's source into the checkpoint (`LOADER` imports it)."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (DepthLoRA, Decider)):
+            if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=True)):
+                with torch.no_grad():
+                    module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            pass
+
+    def _check_backbone(self) -> None:
+        head = self.backbone.get_output_embeddings()
+        decoder = self.backbone.get_decoder()
+        missing = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(decoder, name)]
+        name = type(self.backbone).__name__
+        if not isinstance(self.backbone.get_input_embeddings(), nn.Embedding):
+            raise ValueError(f"tah: {name} has no embedding layer where one is expected (get_input_embeddings)")
+        if missing:
+            raise ValueError(f"tah: {name} has no {missing[0]} where Qwen3 and Llama have them; use one of that family")
+        if head is None or getattr(head, "bias", None) is not None:
+            raise ValueError(f"tah: {name} has no linear head without a bias; logits of depths could not be added up")
+
+    @property
+    def _decoder(self) -> Any:
+        return self.backbone.get_decoder()
+
+    @property
+    def _embedding(self) -> Any:
+        return self.backbone.get_input_embeddings()
+
+    @property
+    def _head(self) -> Any:
+        return self.backbone.get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's."""
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The backbone's."""
+        return self.backbone.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        """The backbone's."""
+        return self._decoder
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generation leaves the cache to `forward`
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute layers in the backward pass, each at the depth it ran at."""
+        kwargs = {**dict(zip(["gradient_checkpointing_kwargs"], args, strict=False)), **kwargs}
+        # A deeper pass reads the keys of earlier ones, which only the non-reentrant kind sees.
+        kwargs["gradient_checkpointing_kwargs"] = {
+            **(kwargs.get("gradient_checkpointing_kwargs") or {}),
+            "use_reentrant": False,
+        }
+        super().gradient_checkpointing_enable(**kwargs)
+        if not getattr(self, "_told", False):
+            self._told = True
+            for layer in self._decoder.layers:
+                layer.register_forward_pre_hook(self._at_its_depth, with_kwargs=True)
+
+    def _at_its_depth(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._switch.now = kwargs["duo"].depth
+
+    # --- forward ---
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: TaHCache | None = None,
+        labels: Tensor | None = None,
+        target_depth: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TaHOutput:
+        """Read tokens, the hard ones more than once.
+
+        Args:
+            input_ids: int64 [B, T]; with a cache, the tokens after those it holds.
+            attention_mask: [B, T] or [B, cached + T], 0 at padding, on either side.
+            position_ids: int64 [B, T]; columns, counted from 0, where missing. All depths of a token share one.
+            past_key_values: the cache that an earlier call returned.
+            labels: int64 [B, T], -100 where a token carries no loss; shifted here, as in any causal model.
+            target_depth: int64 [B, T], how many passes each token should take to predict its next: the oracle's policy,
+                and the decider's labels; -100 is no label.
+            use_cache: return a cache.
+            logits_to_keep: logits of the last so many tokens; 0: of all.
+            num_items_in_batch: what the loss is divided by, the mean where missing.
+
+        Returns:
+            `TaHOutput`.
+
+        Raises:
+            ValueError: the policy is `oracle` and there is no `target_depth`, or a decider is asked that is not there.
+        """
+        size, length = input_ids.shape
+        policy = self._policy(target_depth)
+        cache = TaHCache(self.config.max_depth) if past_key_values is None else past_key_values
+        start = cache.get_seq_length()
+        valid, padded, position_ids = self._places(input_ids, attention_mask, position_ids, start)
+        decoding = length == 1 and labels is None and not self.training
+        supervised = self.objective == "decider" and labels is not None
+        reads = self.config.decider_layers if policy == "learned" else []
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not supervised):
+            hidden, states = self._run(self._embedding(input_ids), position_ids, cache.first(valid, padded), reads)
+        total = hidden.reshape(size * length, -1)
+        depth = valid.long().reshape(-1)
+        live = depth.nonzero().squeeze(1) if padded else torch.arange(size * length, device=total.device)
+        states = [state.reshape(size * length, -1)[live] for state in states]
+        odds = total.new_full((size * length,), torch.nan) if policy == "learned" else None
+        scores = self._head(hidden) if decoding else None
+        targets = None if target_depth is None else target_depth.reshape(-1)
+        losses: list[tuple[Tensor, Tensor]] = []
+
+        for d in range(1, self.config.max_depth):
+            if policy == "never":
+                break
+            top = None
+            if policy == "learned":
+                assert self.decider is not None
+                top = self._top(total[live], scores, live)
+                said = self.decider(states, top.values)
+                go = torch.sigmoid(said) > self.config.threshold
+                if d == 1 and odds is not None:
+                    odds[live] = said.detach()
+                if supervised and targets is not None:
+                    losses.append((said, targets[live]))
+                    if d == self.config.max_depth - 1:  # the last pass would decide nothing any more
+                        depth = depth.index_add(0, live, go.long())
+                        break
+            elif policy == "oracle":
+                assert targets is not None
+                go = targets[live] > d
+            else:
+                go = torch.ones_like(live, dtype=torch.bool)
+            chosen = go.nonzero().squeeze(1)
+            if len(chosen) == 0:
+                break
+            live = live[chosen]
+            top = self._top(total[live], scores, live) if top is None else _Top(*(part[chosen] for part in top))
+            deeper = cache.deeper_rows(d + 1, live.tolist(), size, live.device) if length == 1 else None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not supervised):
+                mixed = self._mix(total[live], top)
+                hidden, states = self._deeper(cache, deeper, d + 1, live, mixed, position_ids, start, reads)
+            total = total.index_add(0, live, hidden)
+            depth = depth.index_add(0, live, torch.ones_like(live))
+            if scores is not None:
+                scores[live] = self._head(total[live])[:, None]
+
+        output = TaHOutput(
+            past_key_values=cache if use_cache else None,
+            depth=depth.view(size, length),
+            continue_logits=None if odds is None else odds.view(size, length),
+        )
+        if scores is not None:
+            output.logits = scores
+        elif not (self.training and labels is not None):
+            kept = total.view(size, length, -1)[:, -logits_to_keep:] if logits_to_keep else total.view(size, length, -1)
+            output.logits = self._head(kept)
+        if supervised:
+            self._decider_loss(output, losses, num_items_in_batch)
+        elif labels is not None:
+            output.loss = self._token_loss(total.view(size, length, -1), labels, num_items_in_batch)
+        return output
+
+    def _policy(self, target_depth: Tensor | None) -> str:
+        if self.config.max_depth == 1:
+            return "never"
+        policy = "learned" if self.objective == "decider" and target_depth is not None else self.config.decider
+        if policy == "oracle" and target_depth is None:
+            raise ValueError(
+                "tah: the decider is `oracle`, which needs target_depth: this checkpoint has no trained decider yet; "
+                "train one (stage: decider), or load it with decider=always or decider=never"
+            )
+        if policy == "learned" and self.decider is None:
+            raise ValueError(
+                "tah: the decider is `learned`, and this checkpoint holds none; train one (stage: decider)"
+            )
+        return policy
+
+    def _places(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, start: int
+    ) -> tuple[Tensor, bool, Tensor]:
+        """Which tokens are no padding (bool [B, T]), whether any is, and where each stands (int64 [B, T])."""
+        size, length = input_ids.shape
+        if attention_mask is None:
+            valid = torch.ones_like(input_ids, dtype=torch.bool)
+            padded = False
+        else:
+            valid = attention_mask[:, -length:].bool()
+            padded = not bool(valid.all())
+        if position_ids is None:
+            position_ids = torch.arange(start, start + length, device=input_ids.device)
+        position_ids = position_ids.expand(size, length)
+        return valid, padded, position_ids
+
+    def _run(
+        self, embeds: Tensor, position_ids: Tensor, duo: Pass, reads: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One pass: [R, A, H] to the normed last hidden state and the hidden states named by `reads`."""
+        decoder = self._decoder
+        self._switch.now = duo.depth
+        try:
+            hidden = embeds
+            rope = decoder.rotary_emb(hidden, position_ids)
+            kept = {}
+            for index, layer in enumerate(decoder.layers):
+                if index in reads:
+                    kept[index] = hidden
+                hidden = layer(
+                    hidden, attention_mask=duo.mask, position_ids=position_ids, position_embeddings=rope, duo=duo
+                )
+            hidden = decoder.norm(hidden)
+        finally:
+            self._switch.now = 1
+        kept[len(decoder.layers)] = hidden
+        return hidden, [kept[index] for index in reads]
+
+    def _deeper(
+        self,
+        cache: TaHCache,
+        deeper: Pass | None,
+        depth: int,
+        live: Tensor,
+        mixed: Tensor,
+        position_ids: Tensor,
+        start: int,
+        reads: Sequence[int],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A pass over the tokens `live` (flat indices, int64 [N]) with inputs `mixed` [N, H]; results [N, H]."""
+        if deeper is not None:
+            hidden, states = self._run(mixed[:, None], position_ids[live], deeper, reads)
+            return hidden[:, 0], [state[:, 0] for state in states]
+        size, length = position_ids.shape
+        row = live // length
+        counts = torch.bincount(row, minlength=size)
+        slot = torch.arange(len(live), device=live.device) - (counts.cumsum(0) - counts)[row]
+        widest = int(counts.max())
+        columns = torch.full((size, widest), FAR, device=live.device)
+        columns[row, slot] = live % length + start
+        places = position_ids.new_zeros(size, widest)
+        places[row, slot] = position_ids.reshape(-1)[live]
+        embeds = mixed.new_zeros(size, widest, mixed.shape[1]).index_put((row, slot), mixed)
+        hidden, states = self._run(embeds, places, cache.deeper(depth, columns, counts.tolist()), reads)
+        return hidden[row, slot], [state[row, slot] for state in states]
+
+    @torch.no_grad()
+    def _top(self, total: Tensor, scores: Tensor | None, live: Tensor) -> _Top:
+        """The largest logits of the tokens `live`, whose sums are `total` [N, H]; `scores` holds them in decoding."""
+        k = self.config.mix_top_k
+        if scores is not None:
+            return _Top(*scores[live, 0].topk(k))
+        chunk = max(1, LOGITS // self.config.text_config.vocab_size)
+        parts = [self._head(piece).topk(k) for piece in total.split(chunk)]
+        return _Top(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
+
+    def _mix(self, total: Tensor, top: _Top) -> Tensor:
+        """The probability-weighted mean of the embeddings of the likeliest words, [N, H].
+
+        With a graph, only the top-k logits are made again for it: the head's other rows have no part in them.
+        """
+        words = self._embedding.weight[top.words]
+        values = top.values
+        if torch.is_grad_enabled():
+            head = self._head.weight
+            rows = words if head is self._embedding.weight else head[top.words]
+            values = (rows @ total[:, :, None])[:, :, 0]
+        return (torch.softmax(values.float(), dim=-1).to(words.dtype)[:, None] @ words)[:, 0]
+
+    # --- losses ---
+
+    def _token_loss(self, total: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Cross-entropy of the summed logits over labelled tokens; the whole [tokens, V] is never held."""
+        wanted = labels[:, 1:].reshape(-1)
+        kept = (wanted != -100).nonzero().squeeze(1)
+        hidden = total[:, :-1].reshape(len(wanted), -1)[kept]
+        if len(kept) == 0:
+            return hidden.sum()
+        chunk = max(1, LOGITS // self.config.text_config.vocab_size)
+        options = LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None) if len(kept) > chunk else None
+        loss = F.linear_cross_entropy(hidden, self._head.weight, wanted[kept], reduction="sum", options=options)
+        return loss / (len(kept) if num_items is None else num_items)
+
+    def _decider_loss(
+        self, output: TaHOutput, losses: list[tuple[Tensor, Tensor]], num_items: Tensor | int | None
+    ) -> None:
+        """Binary cross-entropy of every supervised decision, positives weighted by `pos_weight`.
+
+        `num_items` is the step's count of answer tokens, so the sum over accumulated batches is what one batch gives;
+        prompts are decided about too, so it is not a mean.
+        """
+        device = self.device
+        total = torch.zeros((), device=device)
+        decided = right = torch.zeros((), dtype=torch.int64, device=device)
+        for d, (said, target) in enumerate(losses, start=1):
+            kept = target != -100
+            said, wanted = said[kept].float(), target[kept] > d
+            weight = torch.tensor(self.pos_weight, device=device)
+            total = total + F.binary_cross_entropy_with_logits(said, wanted.float(), pos_weight=weight, reduction="sum")
+            decided = decided + kept.sum()
+            right = right + ((torch.sigmoid(said) > self.config.threshold) == wanted).sum()
+        output.loss = total / (decided.clamp(min=1) if num_items is None else num_items)
+        output.decided, output.right = decided, right
+
+
+AutoConfig.register("tah", TaHConfig, exist_ok=True)
+AutoModel.register(TaHConfig, TaHForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(TaHConfig, TaHForCausalLM, exist_ok=True)

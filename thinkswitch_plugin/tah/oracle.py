@@ -1,0 +1,161 @@
+"""Which tokens are hard: those whose next word a frozen reference model predicts wrong.
+
+Knows tokenised rows, a reference checkpoint and the file its verdict is kept in. Leaves to others: where rows come from
+(Axolotl's own datasets) and what becomes of hard tokens (`model`). TaH, arXiv 2511.08577, section 3.4.
+
+A label belongs to the position that predicts, as logits do: position t is hard if the reference, having read the row up
+to t, puts another word first than the one at t + 1. Only words that carry a loss are looked at; everything else, the
+prompt above all, is easy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+IGNORED = -100
+LOGITS = 40_000_000  # floats of logits at once: 160 MB
+
+
+def hard_tokens(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], tokens_at_once: int
+) -> list[Tensor]:
+    """Ask the reference for every row, those of like lengths together.
+
+    Args:
+        model: the reference.
+        rows: token ids.
+        labels: as long as its row; -100 where a token carries no loss.
+        tokens_at_once: how many tokens a batch may have, padding included; one row at least.
+
+    Returns:
+        bool [length of the row] each.
+    """
+    verdicts: list[Tensor] = [torch.empty(0)] * len(rows)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    batches = list(_batches([len(row) for row in rows], tokens_at_once))
+    for batch in track(batches, description="hard tokens", disable=len(batches) < 8, transient=True):
+        width = max(len(rows[index]) for index in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.int64)
+        wanted = torch.full((len(batch), width), IGNORED)
+        mask = torch.zeros(len(batch), width, dtype=torch.int64)
+        for at, index in enumerate(batch):
+            length = len(rows[index])
+            ids[at, :length] = torch.as_tensor(rows[index])
+            wanted[at, : length - 1] = torch.as_tensor(labels[index])[1:]
+            mask[at, :length] = 1
+        device = model.device
+        with torch.no_grad():
+            hidden = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
+            asked = (wanted != IGNORED).nonzero(as_tuple=True)
+            chunk = max(1, LOGITS // head.weight.shape[0])
+            said = [head(piece).argmax(-1).cpu() for piece in hidden[asked].split(chunk)]
+        hard = torch.zeros(len(batch), width, dtype=torch.bool)
+        hard[asked] = (torch.cat(said) if said else wanted[asked]) != wanted[asked]
+        for at, index in enumerate(batch):
+            verdicts[index] = hard[at, : len(rows[index])]
+    return verdicts
+
+
+def _batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > tokens_at_once:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def label(
+    dataset: Dataset, reference: str, max_depth: int, tokens_at_once: int, folder: Path
+) -> tuple[Dataset, dict[str, float]]:
+    """Add the column `target_depth`: `max_depth` at hard tokens, 1 elsewhere.
+
+    The verdict is kept in `folder` under a hash of the rows and of the reference's weights, and read from there when
+    both are the same.
+
+    Args:
+        dataset: with the columns `input_ids` and `labels`.
+        reference: a checkpoint, folder or hub id.
+        max_depth: passes of a hard token.
+        tokens_at_once: as for `hard_tokens`.
+        folder: of the files kept.
+
+    Returns:
+        The dataset, and `tokens` that carry a loss, `hard` ones among them, their `share`, and `cached` (0 or 1).
+    """
+    plain = dataset.with_format(None)
+    rows, labels = plain["input_ids"][:], plain["labels"][:]
+    file = folder / f"{_fingerprint(rows, labels, reference)}.safetensors"
+    cached = file.exists()
+    if cached:
+        flat = load_file(file)["hard"].bool()
+        verdicts = list(flat.split([len(row) for row in rows]))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", use_safetensors=True).eval()
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        verdicts = hard_tokens(model, rows, labels, tokens_at_once)
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(".part")
+        save_file({"hard": torch.cat(verdicts).to(torch.uint8)}, beside)
+        beside.rename(file)
+    tokens = sum(word != IGNORED for row in labels for word in row[1:])
+    hard = int(sum(int(verdict.sum()) for verdict in verdicts))
+    column = [(1 + (max_depth - 1) * verdict.long()).tolist() for verdict in verdicts]
+    share = hard / tokens if tokens else 0.0
+    labelled = dataset.add_column("target_depth", column)
+    return labelled, {"tokens": tokens, "hard": hard, "share": share, "cached": int(cached)}
+
+
+def _fingerprint(rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], reference: str) -> str:
+    digest = hashlib.sha256(b"1\n")
+    folder = Path(reference)
+    if folder.is_dir():
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+    else:
+        digest.update(reference.encode())
+    for part in (rows, labels):
+        for row in part:
+            digest.update(torch.tensor(row, dtype=torch.int64).numpy().tobytes() + b"\n")
+    return digest.hexdigest()
+
+
+def collate(tokenizer: Any, **kwargs: Any) -> Any:
+    """Axolotl's usual collator (`DataCollatorForSeq2Seq`) for rows that also have `target_depth`.
+
+    Args:
+        tokenizer: pads; on either side.
+        kwargs: of that collator.
+    """
+    from transformers import DataCollatorForSeq2Seq
+
+    usual = DataCollatorForSeq2Seq(tokenizer, **kwargs)
+
+    def pad(rows: list[dict[str, Any]]) -> Any:
+        depths = [row.pop("target_depth") for row in rows]
+        batch = usual(rows)
+        width = batch["input_ids"].shape[1]
+        left = tokenizer.padding_side == "left"
+        padded = torch.full((len(depths), width), IGNORED)
+        for at, depth in enumerate(depths):
+            where = slice(width - len(depth), None) if left else slice(len(depth))
+            padded[at, where] = torch.as_tensor(depth)
+        batch["target_depth"] = padded
+        return batch
+
+    return pad

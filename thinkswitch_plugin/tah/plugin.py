@@ -1,0 +1,206 @@
+"""The Axolotl plugin: checks the recipe, labels the rows, wraps the backbone, and chooses what is trained.
+
+Knows: Axolotl's hooks. Leaves to others: everything they call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from axolotl.common.datasets import TrainDatasetMeta
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from transformers import AutoConfig, set_seed
+
+from thinkswitch_plugin.recipe import is_listed, may_be_hub_id
+from thinkswitch_plugin.tah.args import ADAPTER, PLUGIN, TaHBlock, read_block
+from thinkswitch_plugin.tah.config import TaHConfig
+
+LOG = get_logger("axolotl.thinkswitch.tah")
+
+# What passes of several depths rule out, and what to do about it.
+REFUSED = {
+    "sample_packing": "rows that share a sequence would share their deeper passes; remove it",
+    "rl": "the stages are supervised; remove it",
+    "load_in_4bit": "stage backbone trains the backbone itself; remove it",
+    "load_in_8bit": "stage backbone trains the backbone itself; remove it",
+    "streaming": "hard tokens are marked beforehand; remove it",
+    "context_parallel_size": "deeper passes are not split over devices; remove it",
+    "fsdp_config": "its wrapped layers cannot be run one by one; use plain data parallel training",
+    "deepspeed": "its hooks expect one pass; use plain data parallel training",
+    "cut_cross_entropy": "the loss is made from several depths; remove it",
+    "liger_fused_linear_cross_entropy": "the loss is made from several depths; remove it",
+}
+
+
+class TaHPlugin(BasePlugin):
+    """Think-at-Hard for `plugins:`, with `adapter: tah` (arXiv 2511.08577)."""
+
+    def register(self, cfg: dict) -> None:
+        """Check what the recipe alone can tell.
+
+        Args:
+            cfg: the recipe, not yet validated.
+
+        Raises:
+            ValueError: the `tah:` block is wrong, or does not go with another setting or with the checkpoint; one line.
+        """
+        if not is_listed(cfg, PLUGIN):
+            return
+        block = read_block(cfg.get("tah"))
+        if cfg.get("adapter") != ADAPTER:
+            raise ValueError(f"tah: adapter is {cfg.get('adapter')!r}; write `adapter: {ADAPTER}`")
+        for key, why in REFUSED.items():
+            if cfg.get(key) and (key, cfg[key]) != ("context_parallel_size", 1):
+                raise ValueError(f"tah: {key} is set: {why}")
+        check_checkpoint(block, str(cfg.get("base_model")))
+        # Layers are run one by one, and their linear layers are wrapped: kernels that replace either would not be used.
+        for kernel in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
+            cfg[kernel] = False
+
+    def get_input_args(self) -> str:
+        """The model of the `tah:` block, by its import path."""
+        return "thinkswitch_plugin.tah.args.TaHArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        """`adapter: tah` is ours to load."""
+        return [AdapterCapabilities(name=ADAPTER)]
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta | None:
+        """Axolotl's own datasets, each token labelled easy or hard."""
+        return labelled(cfg) if is_listed(cfg, PLUGIN) else None
+
+    def pre_lora_load(self, cfg: DictDefault, model: Any) -> None:
+        """Set the recipe's seed: the adapter's and the decider's first weights are drawn before the trainer sets it."""
+        if is_listed(cfg, PLUGIN) and cfg.seed is not None:
+            set_seed(cfg.seed)
+
+    def load_adapter(
+        self, model: Any, cfg: DictDefault, inference: bool = False, config_only: bool = False
+    ) -> tuple[Any, None] | None:
+        """Wrap the backbone (stage backbone), or put a new decider on what that stage left (stage decider)."""
+        if not is_listed(cfg, PLUGIN) or cfg.adapter != ADAPTER:
+            return None
+        from thinkswitch_plugin.tah.model import TaHForCausalLM
+
+        block = read_block(cfg.tah)
+        if block.stage == "backbone":
+            model = TaHForCausalLM.from_backbone(model, **block.of_config)
+            model.requires_grad_(True)
+        elif not inference:
+            model.begin_decider(block.pos_weight, **block.of_config)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        added, total = model.added_parameters(), sum(p.numel() for p in model.parameters())
+        LOG.info(f"tah: {trained:,} parameters are trained; {added:,} ({added / (total - added):.2%}) were added")
+        return model, None
+
+    def get_trainer_cls(self, cfg: DictDefault) -> type | None:
+        """Axolotl's trainer, which also logs depths."""
+        if not is_listed(cfg, PLUGIN):
+            return None
+        from thinkswitch_plugin.tah.trainer import TaHTrainer
+
+        return TaHTrainer
+
+    def get_collator_cls_and_kwargs(
+        self, cfg: DictDefault, is_eval: bool = False
+    ) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+        """Pad the labels of depth along with the rest."""
+        if not is_listed(cfg, PLUGIN):
+            return None
+        from thinkswitch_plugin.tah.oracle import collate
+
+        return collate, {}
+
+
+def check_checkpoint(block: TaHBlock, base_model: str) -> None:
+    """Whether the recipe's stage can start from its `base_model`, before any weight is loaded.
+
+    Raises:
+        ValueError: it is missing, of the wrong kind for the stage, or does not fit the block; one line.
+    """
+    for key, name in (("base_model", base_model), ("tah.reference", block.reference)):
+        if name and not Path(name).is_dir() and not may_be_hub_id(name):
+            raise ValueError(f"tah: {key} {name}: no such folder, and not a hub id (owner/name) either")
+    # Registers the kind with transformers' Auto classes, which Axolotl loads by.
+    import thinkswitch_plugin.tah.model  # noqa: F401
+
+    try:
+        config = AutoConfig.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tah: base_model {base_model}: cannot be read: {str(error).splitlines()[0]}") from None
+    if block.stage == "backbone":
+        if isinstance(config, TaHConfig):
+            raise ValueError(f"tah: base_model {base_model} went through stage backbone already; use stage: decider")
+        TaHConfig(text_config=config, **block.of_config)
+    else:
+        if not isinstance(config, TaHConfig):
+            raise ValueError(
+                f"tah: base_model {base_model} is a plain {config.model_type} checkpoint; stage decider starts from "
+                "what stage backbone left: name that recipe's output_dir"
+            )
+        if not block.reference and not getattr(config, "reference", None):
+            raise ValueError(f"tah: {base_model} names no reference; say `reference:` in the recipe")
+        if config.max_depth == 1:
+            raise ValueError(f"tah: base_model {base_model} has max_depth 1: there is nothing to decide")
+        pickles = sorted(Path(base_model).glob("*.bin")) if Path(base_model).is_dir() else []
+        if pickles:
+            raise ValueError(f"tah: {pickles[0]} is a pickle, which runs code when read; use safetensors")
+        TaHConfig(**{**config.to_dict(), **block.of_config})
+
+
+def labelled(cfg: Mapping[str, Any]) -> TrainDatasetMeta:
+    """Load a recipe's datasets as Axolotl does and add `target_depth`; prints the share of hard tokens.
+
+    Args:
+        cfg: the validated recipe.
+    """
+    from axolotl.common.datasets import load_datasets
+
+    from thinkswitch_plugin.tah.oracle import label
+
+    block = read_block(cfg["tah"])
+    reference, max_depth = block.reference, block.max_depth
+    if block.stage == "decider":
+        config: Any = AutoConfig.from_pretrained(cfg["base_model"])
+        reference, max_depth = block.reference or config.reference, config.max_depth
+    assert reference
+    if not torch.accelerator.is_available():
+        cfg["device_map"] = {"": "cpu"}  # type: ignore[index]  # Axolotl puts a rank there, which no CPU has
+    meta = load_datasets(cfg=cfg)
+    folder = Path(cfg.get("dataset_prepared_path") or "last_run_prepared") / "tah_labels"
+    for name in ("train_dataset", "eval_dataset"):
+        dataset = getattr(meta, name)
+        if dataset is not None:
+            dataset, found = label(dataset, reference, max_depth, block.label_tokens, folder)
+            setattr(meta, name, dataset)
+            LOG.info(
+                f"tah: {name.partition('_')[0]}: {found['hard']:,} of {found['tokens']:,} tokens "
+                f"({found['share']:.1%}) are hard for {reference}{' (kept from before)' if found['cached'] else ''}"
+            )
+    return meta
+
+
+@click.command("tah-label")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def command(config: Path) -> None:
+    """Mark the hard tokens of CONFIG's datasets and keep the labels.
+
+    CONFIG is a recipe with a `tah:` block. A token is hard if its frozen `reference` predicts it wrong. `axolotl train`
+    does this by itself; with this command it can be done before, or on another machine, and the share of hard tokens
+    seen: it should be a few per cent to a few tens.
+    """
+    from axolotl.cli.config import load_cfg
+
+    try:
+        cfg = load_cfg(str(config))
+        if not is_listed(cfg, PLUGIN):
+            raise ValueError(f"{config}: does not list {PLUGIN} under `plugins:`")
+        labelled(cfg)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error).splitlines()[0]) from None

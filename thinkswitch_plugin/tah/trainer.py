@@ -1,0 +1,52 @@
+"""Axolotl's trainer, with depths in its log, and how often the decider is right while it learns.
+
+Knows the trainer's hooks. Leaves the passes and the losses to `model`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.core.trainers.base import AxolotlTrainer
+from torch import Tensor
+
+from thinkswitch_plugin.tah.oracle import IGNORED
+
+
+class TaHTrainer(AxolotlTrainer):
+    """Logs `mean_depth` over the tokens that carry a loss, and `decider_accuracy` where the decider learns."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """As Axolotl builds it."""
+        super().__init__(*args, **kwargs)
+        self._sums: dict[str, float] = {}
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            counted = inputs["labels"][:, 1:] != IGNORED
+            self._add("depth", outputs.depth[:, :-1][counted].sum(), counted.sum())
+            if outputs.decided is not None:
+                self._add("right", outputs.right, outputs.decided)
+        return (loss, outputs) if return_outputs else loss
+
+    def _add(self, name: str, value: Tensor, count: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._sums[f"{name}_of"] = self._sums.get(f"{name}_of", 0.0) + float(count)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add what was gathered since the last log."""
+        if "loss" in logs:
+            if self._sums.get("depth_of"):
+                logs["mean_depth"] = round(self._sums["depth"] / self._sums["depth_of"], 4)
+            if self._sums.get("right_of"):
+                logs["decider_accuracy"] = round(self._sums["right"] / self._sums["right_of"], 4)
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
