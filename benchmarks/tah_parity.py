@@ -47,21 +47,22 @@ class Reference:
         return load_file(result)
 
 
-def checkpoint(folder: Path, seed: int = 0, **settings: Any) -> TaHForCausalLM:
-    """A random backbone of 4 layers × 128 with an adapter that is not zero, saved to `folder`."""
+def random_checkpoint(
+    folder: Path, seed: int = 0, shape: dict[str, Any] | None = None, **settings: Any
+) -> TaHForCausalLM:
+    """A random backbone, of 4 layers × 128 if not of `shape`, with an adapter that is not zero, saved to `folder`."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        "qwen3",
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=328,
-        tie_word_embeddings=True,
-        initializer_range=0.15,
-    )
+    small = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 328,
+        "initializer_range": 0.15,
+    }
+    config = AutoConfig.for_model("qwen3", tie_word_embeddings=True, eos_token_id=None, **{**small, **(shape or {})})
     asked = {
         "max_depth": 2,
         "lora_r": 8,
@@ -149,7 +150,7 @@ def main() -> None:
 
                 # As it runs: the learned decider decides.
                 folder = scratch / f"learned_{depth}_{side}"
-                model = checkpoint(folder, max_depth=depth)
+                model = random_checkpoint(folder, max_depth=depth)
                 save_file(plain, inputs)
                 their = reference.ask(do="forward", checkpoint=str(folder), inputs=str(inputs), train=False)
                 with torch.no_grad():
@@ -174,7 +175,9 @@ def main() -> None:
 
                 # Stage 1: the oracle's depths, the loss of the summed logits.
                 folder = scratch / f"oracle_{depth}_{side}"
-                model = checkpoint(folder, max_depth=depth, decider="oracle", decider_layers=[], decider_hidden=[])
+                model = random_checkpoint(
+                    folder, max_depth=depth, decider="oracle", decider_layers=[], decider_hidden=[]
+                )
                 save_file(given, inputs)
                 their = reference.ask(do="forward", checkpoint=str(folder), inputs=str(inputs), train=True)
                 model.train()
@@ -188,7 +191,7 @@ def main() -> None:
                 # Stage 2: only the decider learns.
                 if depth > 1:
                     folder = scratch / f"decider_{depth}_{side}"
-                    model = checkpoint(folder, max_depth=depth)
+                    model = random_checkpoint(folder, max_depth=depth)
                     their = reference.ask(
                         do="forward",
                         checkpoint=str(folder),

@@ -38,9 +38,11 @@ def theirs(name: str) -> str:
             return f"iter_decider.backbone.blocks.{index}.{BLOCK[inner]}.{kind}"
         inner, _, kind = rest.rpartition(".")
         return f"iter_decider.{DECIDER[inner]}.{kind}"
-    rest = rest.removesuffix(".A") + ".lora_A.default.weight" if rest.endswith(".A") else rest
-    rest = rest.removesuffix(".B") + ".lora_B.default.weight" if rest.endswith(".B") else rest
-    return f"simple_base_model.base_model.model.{rest.replace('.base.', '.base_layer.')}"
+    path, _, kind = rest.rpartition(".")
+    if kind in ("A", "B"):
+        return f"simple_base_model.base_model.model.{path}.lora_{kind}.default.weight"
+    adapted = kind in ("weight", "bias") and path.endswith("_proj")
+    return f"simple_base_model.base_model.model.{path}.{'base_layer.' if adapted else ''}{kind}"
 
 
 def build(folder: Path, **changes: Any) -> Any:

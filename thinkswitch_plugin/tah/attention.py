@@ -3,16 +3,21 @@
 Knows keys and values by layer and depth, for training, prefill and decoding alike. Leaves to others: which tokens a
 pass is made of (`model`). TaH, arXiv 2511.08577, section 3.2.
 
-Depth 1 never sees a deeper key, so its keys are a plain growing buffer and its attention is the backbone's own. Deeper
-passes hold only the tokens that continued, left-aligned by row, each slot with the column of the sequence it belongs
-to: columns are what is compared, so padding on either side and rows that continue at different places need no case of
-their own. Training keeps the tensors of the one pass that made them, with their graph; decoding copies each token's
-keys into a buffer that doubles when it is full.
+The first call on a cache keeps the tensors as its passes made them, with their graph: training ends there. Later calls,
+which decode, work on one buffer a layer:
+
+    [ …empty | deeper keys, the newest first | depth 1, the oldest first | …empty ]
+               D - filled(row)                 D                         D + length
+
+Depth 1 sees what is right of D and never a deeper key. A deeper query of a row sees from that row's newest deeper key
+on: one slice, nothing is put together or copied, however long the text is. Each deeper slot knows its depth and the
+column of the sequence its token stands in; where a slice alone would show too much (padding, rows that continued a
+different number of times, more than two depths), those make a mask.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,182 +26,197 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "tah_sdpa"
 FAR = torch.iinfo(torch.int64).max  # the column of an empty slot: later than any query
+SLACK = 16  # slots a buffer grows by at least; otherwise it doubles
 
-
-class Keys:
-    """Keys and values of one depth: [B, heads, slots, head_dim] a layer, of which the first `length` slots are used."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.length = 0
-
-    def put(self, layer: int, start: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write slots from `start` on and return all up to their end.
-
-        What is written first is kept as it came, with its graph; a layer that gradient checkpointing runs a second time
-        writes nothing.
-        """
-        if start == 0:
-            self.layers.setdefault(layer, (key, value))
-            return key, value
-        end = start + key.shape[2]
-        keys, values = self._room(layer, key, end)
-        keys[:, :, start:end], values[:, :, start:end] = key, value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def put_rows(
-        self, layer: int, rows: Tensor, slots: Tensor, size: int, end: int, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Write one slot of some of `size` rows, and return the first `end` slots of those rows.
-
-        Args:
-            layer: which layer.
-            rows: int64 [R].
-            slots: int64 [R], where each of them writes.
-            size: rows of the batch.
-            end: slots in use once this is written.
-            key: [R, heads, 1, head_dim]; `value` likewise.
-        """
-        if layer not in self.layers:
-            empty = key.new_zeros(size, key.shape[1], 0, key.shape[3])
-            self.layers[layer] = (empty, empty)
-        keys, values = self._room(layer, key, end)
-        keys[rows, :, slots], values[rows, :, slots] = key[:, :, 0], value[:, :, 0]
-        return keys[:, :, :end], values[:, :, :end]
-
-    def _room(self, layer: int, like: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        held = self.layers[layer]
-        capacity = held[0].shape[2]
-        if end <= capacity:
-            return held
-        size, heads, _, width = held[0].shape
-        grown = []
-        for old in held:
-            new = like.new_zeros(size, heads, max(2 * capacity, end + 15), width)
-            new[:, :, :capacity] = old
-            grown.append(new)
-        self.layers[layer] = (grown[0], grown[1])
-        return self.layers[layer]
+Layers = dict[int, tuple[Tensor, Tensor]]
 
 
 class TaHCache:
     """What earlier tokens left behind at every depth; `past_key_values` of `TaHForCausalLM`.
 
     Attributes:
-        valid: bool [B, T], False at padding; `padded` says whether any is.
-        depths: `Keys` by depth, depth 1 first.
-        columns: int64 [B, slots] by depth from 2 on: the column each slot's token stands in, FAR where it is empty.
-        filled: how many slots each row has at each depth from 2 on.
+        fresh: keys and values of the first call, [B, heads, tokens, head_dim], by depth and layer; empty afterwards.
+        fresh_columns: int64 [B, A] by depth: the column of each token of those, FAR beyond a row's last.
+        buffers: keys and values by layer, as the module describes.
+        length: tokens at depth 1, padding included.
+        room: D, the slots that deeper keys may take.
+        filled: how many of them each row has taken.
+        columns: int64 [B, room], FAR where a slot is empty; `tags` likewise holds the depth.
+        deepest: of all keys held.
+        valid: bool [B, length], False at padding; None while there is none.
     """
 
     is_compileable = False
 
-    def __init__(self, max_depth: int):
-        self.depths = [Keys() for _ in range(max_depth)]
-        self.columns: list[Tensor | None] = [None] * max_depth
-        self.filled: list[list[int]] = [[] for _ in range(max_depth)]
+    def __init__(self) -> None:
+        self.fresh: list[Layers] = []
+        self.fresh_columns: list[Tensor] = []
+        self.buffers: Layers = {}
+        self.length = self.room = 0
+        self.filled: list[int] = []
+        self.columns = self.tags = torch.empty(0)
+        self.deepest = 1
         self.valid: Tensor | None = None
-        self.padded = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens, padding included, depth 1 has seen."""
-        return self.depths[0].length
+        return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take rows in another order, as beam search asks; beam_idx: int64 [B]."""
-        for keys in self.depths:
-            keys.layers = {layer: (k[beam_idx], v[beam_idx]) for layer, (k, v) in keys.layers.items()}
-        self.columns = [None if held is None else held[beam_idx] for held in self.columns]
-        self.filled = [[counts[row] for row in beam_idx.tolist()] if counts else counts for counts in self.filled]
+        self._hold()
+        self.buffers = {layer: (k[beam_idx], v[beam_idx]) for layer, (k, v) in self.buffers.items()}
+        self.columns, self.tags = self.columns[beam_idx], self.tags[beam_idx]
+        self.filled = [self.filled[row] for row in beam_idx.tolist()]
         self.valid = None if self.valid is None else self.valid[beam_idx]
 
     # --- passes ---
 
     def first(self, valid: Tensor, padded: bool) -> Pass:
-        """The pass at depth 1 over new tokens; valid: bool [B, T]."""
-        start = self.depths[0].length
-        self.valid = valid if self.valid is None else torch.cat([self.valid, valid], dim=1)
-        self.padded = self.padded or padded
-        end = start + valid.shape[1]
-        self.depths[0].length = end
+        """The pass at depth 1 over new tokens; valid: bool [B, T], and whether any of it is False."""
+        start, end = self.length, self.length + valid.shape[1]
+        if start:
+            self._hold()
+            self._grow(0, end)
+        if padded and self.valid is None:
+            self.valid = valid.new_ones(valid.shape[0], start)
+        if self.valid is not None:
+            self.valid = torch.cat([self.valid, valid], dim=1)
+        self.length = end
         mask = None
-        if self.padded or (start and valid.shape[1] > 1):
+        if self.valid is not None or (start and valid.shape[1] > 1):
             column = torch.arange(end, device=valid.device)
-            mask = (column <= column[start:, None]) & self.valid[:, None, :]
-            mask = mask[:, None]
-        return Pass(self, 0, mask, start=start)
+            mask = (column <= column[start:, None])[None]
+            mask = (mask if self.valid is None else mask & self.valid[:, None, :])[:, None]
+        if not start:
+            self.fresh = [{}]
+        return Pass(self, 1, mask, view=(None, self.room, self.room + end))
 
-    def deeper(self, depth: int, columns: Tensor, counts: list[int]) -> Pass:
-        """A pass at depth 2 or more over the tokens that continue.
+    def deeper(self, depth: int, row: Tensor, slot: Tensor, columns: Tensor, counts: list[int]) -> Pass:
+        """A pass at depth 2 or more over the tokens that continue, of all rows.
 
         Args:
             depth: of the pass.
-            columns: int64 [B, A], the columns of each row's tokens, in order and left-aligned; FAR beyond its last.
+            row: int64 [N], the row of each token, and `slot` its place in that row's tokens, in order.
+            slot: int64 [N].
+            columns: int64 [B, A], the columns of each row's tokens, left-aligned; FAR beyond its last.
             counts: how many each row has.
         """
-        d = depth - 1
-        held, start = self.columns[d], self.depths[d].length
-        self.columns[d] = columns if held is None else torch.cat([held[:, :start], columns], dim=1)
-        # Rows that had fewer than others leave empty slots behind.
-        self.padded = self.padded or any(count < start for count in self.filled[d])
-        self.filled[d] = [start + count for count in counts]
-        self.depths[d].length = start + columns.shape[1]
-        last = self.depths[0].length - 1
+        self.deepest = max(self.deepest, depth)
         # A row's padding asks as its last token would: so no softmax is over nothing. Nothing sees it.
-        query = columns.clamp(max=last)[:, :, None]
-        seen = [torch.arange(last + 1, device=columns.device) <= query]
-        if self.padded:
-            assert self.valid is not None
-            seen[0] = seen[0] & self.valid[:, None, :]
-        for e in range(1, depth):
-            kept = self.columns[e]
-            assert kept is not None
-            seen.append(kept[:, None, : self.depths[e].length] <= query)
-        return Pass(self, d, torch.cat(seen, dim=2)[:, None], start=start)
+        query = columns.clamp(max=self.length - 1)[:, :, None]
+        shallow = torch.arange(self.length, device=columns.device) <= query
+        if self.valid is not None:
+            shallow = shallow & self.valid[:, None, :]
+        if self.fresh:
+            self.fresh.append({})
+            self.fresh_columns.append(columns)
+            seen = [shallow, *(held[:, None, :] <= query for held in self.fresh_columns)]
+            return Pass(self, depth, torch.cat(seen, dim=2)[:, None])
+        before = torch.tensor(self.filled, device=row.device)
+        self.filled = [held + count for held, count in zip(self.filled, counts, strict=True)]
+        most = max(self.filled)
+        self._grow(most, self.length)
+        at = self.room - 1 - before[row] - slot
+        self.columns[row, at], self.tags[row, at] = columns[row, slot], depth
+        low = self.room - most
+        deep = (self.columns[:, None, low:] <= query) & (self.tags[:, None, low:] <= depth)
+        mask = torch.cat([deep, shallow], dim=2)[:, None]
+        return Pass(self, depth, mask, put=_Put(row, slot, row, at), view=(None, low, self.room + self.length))
 
-    def deeper_rows(self, depth: int, rows: list[int], size: int, device: torch.device) -> Pass:
-        """A pass at depth 2 or more over the newest token of some rows, as decoding makes it.
+    def deeper_rows(self, depth: int, rows: list[int], device: torch.device) -> Pass:
+        """A pass at depth 2 or more over the newest token of some rows of a cache that decodes.
 
         Args:
             depth: of the pass.
             rows: which rows of the batch continue.
-            size: how many rows the batch has.
             device: where the keys are.
         """
-        d = depth - 1
-        filled = self.filled[d] = self.filled[d] or [0] * size
-        slots = [filled[row] for row in rows]
+        self.deepest = max(self.deepest, depth)
         for row in rows:
-            filled[row] += 1
-        end = max(filled)
-        column = self.depths[0].length - 1
-        index = torch.tensor(rows, device=device)
-        slot = torch.tensor(slots, device=device)
-        held = self.columns[d]
-        width = 0 if held is None else held.shape[1]
-        if end > width:
-            grown = torch.full((size, max(2 * width, end + 15)), FAR, device=device)
-            if held is not None:
-                grown[:, :width] = held
-            held = self.columns[d] = grown
-        assert held is not None
-        held[index, slot] = column
-        # How much of each depth is read, and whether all of that is to be seen by all of these rows.
-        ends = [max(self.filled[e], default=0) for e in range(1, depth)]
-        whole = not self.padded and all(
-            self.filled[e][row] == most for e, most in enumerate(ends, start=1) if most for row in rows
-        )
+            self.filled[row] += 1
+        self._grow(max(self.filled), self.length)
+        taken = [self.filled[row] for row in rows]
+        most, end = max(taken), self.room + self.length
+        low = self.room - most
+        if len(rows) == 1:
+            into: Any = rows[0]
+            at: Any = low
+            pick: Any = slice(rows[0], rows[0] + 1)
+        else:
+            into = torch.tensor(rows, device=device)
+            at = torch.tensor([self.room - count for count in taken], device=device)
+            pick = None if len(rows) == len(self.filled) else into
+        self.columns[into, at], self.tags[into, at] = self.length - 1, depth
         mask = None
-        if not whole:
-            assert self.valid is not None
-            seen = [self.valid[index]]
-            for e, most in enumerate(ends, start=1):
-                kept = self.columns[e]
-                if most and kept is not None:
-                    seen.append(kept[index, :most] <= column)
-            mask = torch.cat(seen, dim=1)[:, None, None]
-        self.depths[d].length = end
-        return Pass(self, d, mask, rows=None if len(rows) == size else index, index=index, slots=slot, ends=ends)
+        if self.valid is not None or min(taken) < most or self.deepest > depth:
+            index = pick if pick is not None else slice(None)
+            # What is empty has the highest tag of all.
+            deep = self.tags[index, low:] <= depth
+            shallow = self.valid[index] if self.valid is not None else deep.new_ones(len(rows), self.length)
+            mask = torch.cat([deep, shallow], dim=1)[:, None, None]
+        return Pass(self, depth, mask, put=_Put(slice(None), 0, into, at), view=(pick, low, end))
+
+    # --- buffers ---
+
+    def _hold(self) -> None:
+        """Put what the first call left into buffers."""
+        if not self.fresh:
+            return
+        deep = self.fresh_columns
+        size = next(iter(self.fresh[0].values()))[0].shape[0]
+        device = deep[0].device if deep else None
+        counts = [(held < FAR).sum(1) for held in deep]
+        filled = sum(counts) if counts else torch.zeros(size, dtype=torch.int64)
+        assert isinstance(filled, Tensor)
+        self.filled = filled.tolist()
+        self.room = max(self.filled) + SLACK
+        self.buffers = {}
+        first = next(iter(self.fresh[0].values()))[0]
+        self.columns = torch.full((size, self.room), FAR, device=first.device)
+        self.tags = torch.full_like(self.columns, FAR)
+        places = []
+        before = torch.zeros(size, dtype=torch.int64, device=device)
+        for d, held in enumerate(deep, start=2):
+            row, slot = (held < FAR).nonzero(as_tuple=True)
+            at = self.room - 1 - before[row] - slot
+            self.columns[row, at], self.tags[row, at] = held[row, slot], d
+            places.append((row, slot, at))
+            before = before + counts[d - 2]
+        for layer, pair in self.fresh[0].items():
+            joined = []
+            for which, shallow in enumerate(pair):
+                buffer = shallow.new_zeros(size, shallow.shape[1], self.room + self.length + SLACK, shallow.shape[3])
+                buffer[:, :, self.room : self.room + self.length] = shallow
+                for (row, slot, at), held_layers in zip(places, self.fresh[1:], strict=True):
+                    buffer[row, :, at] = held_layers[layer][which][row, :, slot]
+                joined.append(buffer)
+            self.buffers[layer] = (joined[0], joined[1])
+        self.fresh, self.fresh_columns = [], []
+
+    def _grow(self, deep: int, shallow: int) -> None:
+        """Make room for so many keys on either side of D."""
+        some = next(iter(self.buffers.values()))[0]
+        more_deep = max(self.room, deep + SLACK) if deep > self.room else 0
+        right = some.shape[2] - self.room
+        more_shallow = max(right, shallow + SLACK) if shallow > right else 0
+        if not more_deep and not more_shallow:
+            return
+        sides = (0, 0, more_deep, more_shallow)
+        pad = torch.nn.functional.pad
+        self.buffers = {layer: (pad(k, sides), pad(v, sides)) for layer, (k, v) in self.buffers.items()}
+        self.columns = pad(self.columns, (more_deep, 0), value=FAR)
+        self.tags = pad(self.tags, (more_deep, 0), value=FAR)
+        self.room += more_deep
+
+
+class _Put(NamedTuple):
+    """Which of a pass's keys go where: key[row, :, slot] to buffer[into, :, at]."""
+
+    row: Any
+    slot: Any
+    into: Any
+    at: Any
 
 
 class Pass:
@@ -205,44 +225,37 @@ class Pass:
     def __init__(
         self,
         cache: TaHCache,
-        d: int,
+        depth: int,
         mask: Tensor | None,
-        start: int = 0,
-        rows: Tensor | None = None,
-        index: Tensor | None = None,
-        slots: Tensor | None = None,
-        ends: list[int] | None = None,
+        put: _Put | None = None,
+        view: tuple[Any, int, int] | None = None,
     ):
-        self.cache, self.d, self.mask, self.start = cache, d, mask, start
-        self.rows, self.index, self.slots, self.ends = rows, index, slots, ends
-
-    @property
-    def depth(self) -> int:
-        """Of this pass, 1 first."""
-        return self.d + 1
+        """`view` is the rows (None: all), the first slot and the one beyond the last; `depth` counts from 1."""
+        self.cache, self.depth, self.mask, self.put, self.view = cache, depth, mask, put, view
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add this pass's keys and values, [R, heads, A, head_dim], and return all that it sees, shallow to deep."""
-        depths = self.cache.depths
-        if self.d == 0:
-            return depths[0].put(layer, self.start, key, value)
-        first = depths[0]
-        pieces = [tuple(t[:, :, : first.length] for t in first.layers[layer])]
-        if self.slots is None:
-            pieces += [tuple(t[:, :, : depths[e].length] for t in depths[e].layers[layer]) for e in range(1, self.d)]
-            pieces.append(depths[self.d].put(layer, self.start, key, value))
+        """Add this pass's keys and values, [R, heads, A, head_dim], and return all that it sees."""
+        cache = self.cache
+        if cache.fresh:
+            # A layer that gradient checkpointing runs a second time finds what it left and leaves it there.
+            cache.fresh[self.depth - 1].setdefault(layer, (key, value))
+            if self.depth == 1:
+                return key, value
+            pairs = [*(held[layer] for held in cache.fresh[: self.depth - 1]), (key, value)]
+            return torch.cat([k for k, _ in pairs], dim=2), torch.cat([v for _, v in pairs], dim=2)
+        keys, values = cache.buffers[layer]
+        assert self.view is not None
+        rows, low, end = self.view
+        if self.put is None:
+            new = slice(end - key.shape[2], end)
+            keys[:, :, new], values[:, :, new] = key, value
         else:
-            assert self.index is not None
-            assert self.ends is not None
-            for e, end in enumerate(self.ends, start=1):
-                if e == self.d:
-                    size = first.layers[layer][0].shape[0]
-                    pieces.append(depths[e].put_rows(layer, self.index, self.slots, size, end, key, value))
-                elif end:
-                    pieces.append(tuple(t[:, :, :end] for t in depths[e].layers[layer]))
-        if self.rows is not None:
-            pieces = [(k[self.rows], v[self.rows]) for k, v in pieces]
-        return torch.cat([k for k, _ in pieces], dim=2), torch.cat([v for _, v in pieces], dim=2)
+            row, slot, into, at = self.put
+            keys[into, :, at], values[into, :, at] = key[row, :, slot], value[row, :, slot]
+        seen = slice(low, end)
+        if rows is None:
+            return keys[:, :, seen], values[:, :, seen]
+        return keys[rows, :, seen], values[rows, :, seen]
 
 
 def duo_causal_attention(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class _Block(nn.Module):
@@ -22,10 +23,14 @@ class _Block(nn.Module):
         self.up = nn.Linear(width, expansion * width)
         self.down = nn.Linear(expansion * width, out)
         self.skip = nn.Linear(width, out) if width != out else nn.Identity()
-        self.act, self.dropout = nn.GELU(), nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + self.dropout(self.down(self.dropout(self.act(self.up(self.norm(x))))))
+        inner = F.gelu(self.up(self.norm(x)))
+        if self.training and self.dropout:
+            inner = self.down(F.dropout(inner, self.dropout))
+            return self.skip(x) + F.dropout(inner, self.dropout)
+        return self.skip(x) + self.down(inner)
 
 
 class Decider(nn.Module):

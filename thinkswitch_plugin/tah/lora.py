@@ -21,32 +21,33 @@ class Depth:
         self.now = 1
 
 
-class DepthLoRA(nn.Module):
-    """`base(x) + (alpha / r) · B A dropout(x)` from depth 2, and `base(x)` alone, bit for bit, at depth 1."""
+class DepthLinear(nn.Linear):
+    """`W x + b + (alpha / r) · B A dropout(x)` from depth 2, and `W x + b` alone, bit for bit, at depth 1."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, depth: Depth):
-        """Wrap `base`, any linear layer (a quantised one too): A is [r, in], B is [out, r] and starts at zero."""
-        super().__init__()
-        self.base = base
-        device, dtype = base.weight.device, base.weight.dtype if base.weight.is_floating_point() else None
-        self.A = nn.Parameter(torch.empty(r, base.in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(base.out_features, r, device=device, dtype=dtype))
+        """Take the place of `base`, with its parameters: A is [r, in], B is [out, r] and starts at zero."""
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.A = nn.Parameter(base.weight.new_empty(r, base.in_features))
+        self.B = nn.Parameter(base.weight.new_empty(base.out_features, r))
         self.scale, self.dropout, self.depth = alpha / r, dropout, depth
-        self.reset_parameters()
+        self.reset_adapter()
 
-    def reset_parameters(self) -> None:
+    def reset_adapter(self) -> None:
         """Draw A as a linear layer draws its weights; B is zero, so an untrained adapter changes nothing."""
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] to [..., out]."""
-        out = self.base(x)
+        out = F.linear(x, self.weight, self.bias)
         if self.depth.now == 1:
             return out
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return out + F.linear(F.linear(x, self.A), self.B) * self.scale
+        # One call for the second product, its scale and the sum.
+        low = F.linear(x, self.A).flatten(0, -2)
+        return torch.addmm(out.flatten(0, -2), low, self.B.t(), alpha=self.scale).view_as(out)
 
 
 def add_adapters(layers: nn.Module, r: int, alpha: float, dropout: float) -> Depth:
@@ -55,5 +56,5 @@ def add_adapters(layers: nn.Module, r: int, alpha: float, dropout: float) -> Dep
     for name, module in list(layers.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
-            setattr(layers.get_submodule(parent), child, DepthLoRA(module, r, alpha, dropout, depth))
+            setattr(layers.get_submodule(parent), child, DepthLinear(module, r, alpha, dropout, depth))
     return depth

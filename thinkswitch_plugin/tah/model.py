@@ -31,7 +31,7 @@ from transformers.utils import ModelOutput
 from thinkswitch_plugin.tah.attention import FAR, NAME, Pass, TaHCache
 from thinkswitch_plugin.tah.config import TaHConfig
 from thinkswitch_plugin.tah.decider import Decider
-from thinkswitch_plugin.tah.lora import DepthLoRA, add_adapters
+from thinkswitch_plugin.tah.lora import DepthLinear, add_adapters
 
 LOGITS = 40_000_000  # floats of logits at once where many tokens are looked at: 160 MB
 LOADER = "tah_auto.py"
@@ -73,6 +73,10 @@ class _Top(NamedTuple):
 
     values: Tensor
     words: Tensor
+
+
+def _picked(values: Tensor, index: Tensor | None) -> Tensor:
+    return values if index is None else values[index]
 
 
 class TaHForCausalLM(PreTrainedModel, GenerationMixin):
@@ -132,7 +136,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
 
     def added_parameters(self) -> int:
         """How many parameters the adapter and the decider add to the backbone."""
-        adapters = [m for m in self.modules() if isinstance(m, DepthLoRA)]
+        adapters = [m for m in self.modules() if isinstance(m, DepthLinear)]
         return sum(m.A.numel() + m.B.numel() for m in adapters) + sum(
             p.numel() for p in (self.decider.parameters() if self.decider is not None else ())
         )
@@ -180,12 +184,8 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         """Nothing: saving must not copy this package's source into the checkpoint (`LOADER` imports it)."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (DepthLoRA, Decider)):
-            if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=True)):
-                with torch.no_grad():
-                    module.reset_parameters()
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            pass
+        # The backbone initialises itself; a checkpoint holds the rest, or it was drawn when it was built.
+        pass
 
     def _check_backbone(self) -> None:
         head = self.backbone.get_output_embeddings()
@@ -277,77 +277,103 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
             `TaHOutput`.
 
         Raises:
-            ValueError: the policy is `oracle` and there is no `target_depth`, or a decider is asked that is not there.
+            ValueError: the policy is `oracle` without `target_depth`, a decider is asked that is not there, or a
+                graph is asked of tokens after a cache.
         """
+        cache = TaHCache() if past_key_values is None else past_key_values
+        given = (input_ids, attention_mask, position_ids, cache, labels, target_depth)
+        if cache.get_seq_length() == 0:
+            output = self._read(*given, logits_to_keep, num_items_in_batch)
+        elif torch.is_grad_enabled():
+            raise ValueError("tah: tokens after those of a cache are read without a graph; use torch.no_grad()")
+        else:
+            # A small model's decoding is bound by what each operation costs beside its work, and this saves a tenth.
+            with torch.inference_mode():
+                output = self._read(*given, logits_to_keep, num_items_in_batch)
+            output["logits"] = output["logits"].clone()  # an ordinary tensor again
+        if use_cache:
+            output["past_key_values"] = cache
+        return output
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: TaHCache,
+        labels: Tensor | None,
+        target_depth: Tensor | None,
+        logits_to_keep: int,
+        num_items_in_batch: Tensor | int | None,
+    ) -> TaHOutput:
+        config = self.config
         size, length = input_ids.shape
-        policy = self._policy(target_depth)
-        cache = TaHCache(self.config.max_depth) if past_key_values is None else past_key_values
+        max_depth, threshold, policy = config.max_depth, config.threshold, self._policy(target_depth)
         start = cache.get_seq_length()
         valid, padded, position_ids = self._places(input_ids, attention_mask, position_ids, start)
-        decoding = length == 1 and labels is None and not self.training
         supervised = self.objective == "decider" and labels is not None
-        reads = self.config.decider_layers if policy == "learned" else []
+        reads = config.decider_layers if policy == "learned" else []
+        # Only the decider has a graph at stage 2.
+        graph = torch.is_grad_enabled() and not supervised
 
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not supervised):
+        with torch.set_grad_enabled(graph):
             hidden, states = self._run(self._embedding(input_ids), position_ids, cache.first(valid, padded), reads)
-        total = hidden.reshape(size * length, -1)
-        depth = valid.long().reshape(-1)
-        live = depth.nonzero().squeeze(1) if padded else torch.arange(size * length, device=total.device)
-        states = [state.reshape(size * length, -1)[live] for state in states]
-        odds = total.new_full((size * length,), torch.nan) if policy == "learned" else None
-        scores = self._head(hidden) if decoding else None
+        total = hidden.view(size * length, -1)
+        depth = valid.long().view(-1)
+        # The tokens that a decision is about, as flat indices; None: all of them.
+        live = depth.nonzero().squeeze(1) if padded else None
+        states = [_picked(state.view(size * length, -1), live) for state in states]
+        scores = self._head(hidden) if length == 1 and labels is None else None
+        odds: Tensor | None = None
         targets = None if target_depth is None else target_depth.reshape(-1)
         losses: list[tuple[Tensor, Tensor]] = []
 
-        for d in range(1, self.config.max_depth):
-            if policy == "never":
-                break
+        for d in range(1, max_depth if policy != "never" else 1):
             top = None
             if policy == "learned":
                 assert self.decider is not None
-                top = self._top(total[live], scores, live)
+                top = self._top(total, scores, live)
                 said = self.decider(states, top.values)
-                go = torch.sigmoid(said) > self.config.threshold
-                if d == 1 and odds is not None:
-                    odds[live] = said.detach()
+                go = torch.sigmoid(said) > threshold
+                if d == 1:
+                    odds = said.detach()
+                    if live is not None:
+                        odds = odds.new_full((size * length,), torch.nan).index_copy(0, live, odds)
                 if supervised and targets is not None:
-                    losses.append((said, targets[live]))
-                    if d == self.config.max_depth - 1:  # the last pass would decide nothing any more
-                        depth = depth.index_add(0, live, go.long())
+                    losses.append((said, _picked(targets, live)))
+                    if d == max_depth - 1:  # the last pass would decide nothing any more
+                        depth = depth.index_add(0, _picked(torch.arange(len(depth)).to(depth), live), go.long())
                         break
             elif policy == "oracle":
                 assert targets is not None
-                go = targets[live] > d
+                go = _picked(targets, live) > d
             else:
-                go = torch.ones_like(live, dtype=torch.bool)
+                go = _picked(depth, live) > 0
             chosen = go.nonzero().squeeze(1)
             if len(chosen) == 0:
                 break
-            live = live[chosen]
-            top = self._top(total[live], scores, live) if top is None else _Top(*(part[chosen] for part in top))
-            deeper = cache.deeper_rows(d + 1, live.tolist(), size, live.device) if length == 1 else None
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not supervised):
+            live = _picked(live, chosen) if live is not None else chosen
+            top = self._top(total, scores, live) if top is None else _Top(*(part[chosen] for part in top))
+            with torch.set_grad_enabled(graph):
                 mixed = self._mix(total[live], top)
-                hidden, states = self._deeper(cache, deeper, d + 1, live, mixed, position_ids, start, reads)
-            total = total.index_add(0, live, hidden)
-            depth = depth.index_add(0, live, torch.ones_like(live))
+                hidden, states = self._deeper(cache, d + 1, live, mixed, position_ids, start, reads)
+                total = total.index_add(0, live, hidden)
+            depth[live] += 1
             if scores is not None:
                 scores[live] = self._head(total[live])[:, None]
 
         output = TaHOutput(
-            past_key_values=cache if use_cache else None,
             depth=depth.view(size, length),
             continue_logits=None if odds is None else odds.view(size, length),
         )
         if scores is not None:
-            output.logits = scores
+            output["logits"] = scores
         elif not (self.training and labels is not None):
-            kept = total.view(size, length, -1)[:, -logits_to_keep:] if logits_to_keep else total.view(size, length, -1)
-            output.logits = self._head(kept)
+            output["logits"] = self._head(total.view(size, length, -1)[:, -logits_to_keep:])
         if supervised:
             self._decider_loss(output, losses, num_items_in_batch)
         elif labels is not None:
-            output.loss = self._token_loss(total.view(size, length, -1), labels, num_items_in_batch)
+            output["loss"] = self._token_loss(total.view(size, length, -1), labels, num_items_in_batch)
         return output
 
     def _policy(self, target_depth: Tensor | None) -> str:
@@ -406,7 +432,6 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
     def _deeper(
         self,
         cache: TaHCache,
-        deeper: Pass | None,
         depth: int,
         live: Tensor,
         mixed: Tensor,
@@ -415,10 +440,11 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         reads: Sequence[int],
     ) -> tuple[Tensor, list[Tensor]]:
         """A pass over the tokens `live` (flat indices, int64 [N]) with inputs `mixed` [N, H]; results [N, H]."""
-        if deeper is not None:
-            hidden, states = self._run(mixed[:, None], position_ids[live], deeper, reads)
-            return hidden[:, 0], [state[:, 0] for state in states]
         size, length = position_ids.shape
+        if length == 1 and start:
+            duo = cache.deeper_rows(depth, live.tolist(), live.device)
+            hidden, states = self._run(mixed[:, None], position_ids[live], duo, reads)
+            return hidden[:, 0], [state[:, 0] for state in states]
         row = live // length
         counts = torch.bincount(row, minlength=size)
         slot = torch.arange(len(live), device=live.device) - (counts.cumsum(0) - counts)[row]
@@ -428,17 +454,18 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         places = position_ids.new_zeros(size, widest)
         places[row, slot] = position_ids.reshape(-1)[live]
         embeds = mixed.new_zeros(size, widest, mixed.shape[1]).index_put((row, slot), mixed)
-        hidden, states = self._run(embeds, places, cache.deeper(depth, columns, counts.tolist()), reads)
+        duo = cache.deeper(depth, row, slot, columns, counts.tolist())
+        hidden, states = self._run(embeds, places, duo, reads)
         return hidden[row, slot], [state[row, slot] for state in states]
 
     @torch.no_grad()
-    def _top(self, total: Tensor, scores: Tensor | None, live: Tensor) -> _Top:
-        """The largest logits of the tokens `live`, whose sums are `total` [N, H]; `scores` holds them in decoding."""
+    def _top(self, total: Tensor, scores: Tensor | None, live: Tensor | None) -> _Top:
+        """The largest logits of the tokens `live`, of sums `total` [B·T, H]; `scores` holds the logits in decoding."""
         k = self.config.mix_top_k
         if scores is not None:
-            return _Top(*scores[live, 0].topk(k))
+            return _Top(*_picked(scores[:, 0], live).topk(k))
         chunk = max(1, LOGITS // self.config.text_config.vocab_size)
-        parts = [self._head(piece).topk(k) for piece in total.split(chunk)]
+        parts = [self._head(piece).topk(k) for piece in _picked(total, live).split(chunk)]
         return _Top(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
 
     def _mix(self, total: Tensor, top: _Top) -> Tensor:
@@ -486,8 +513,8 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
             total = total + F.binary_cross_entropy_with_logits(said, wanted.float(), pos_weight=weight, reduction="sum")
             decided = decided + kept.sum()
             right = right + ((torch.sigmoid(said) > self.config.threshold) == wanted).sum()
-        output.loss = total / (decided.clamp(min=1) if num_items is None else num_items)
-        output.decided, output.right = decided, right
+        output["loss"] = total / (decided.clamp(min=1) if num_items is None else num_items)
+        output["decided"], output["right"] = decided, right
 
 
 AutoConfig.register("tah", TaHConfig, exist_ok=True)

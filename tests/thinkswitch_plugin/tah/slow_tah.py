@@ -66,7 +66,7 @@ def obvious(model: Any, ids: Tensor, wanted: Tensor | None = None) -> tuple[Tens
     held: list[list[tuple[int, int, Tensor, Tensor]]] = [[] for _ in decoder.layers]
 
     def linear(module: Any, x: Tensor, d: int) -> Tensor:
-        weight = module.base.weight
+        weight = module.weight
         if d > 1:
             weight = weight + module.B @ module.A * (config.lora_alpha / config.lora_r)
         return weight @ x
