@@ -19,6 +19,8 @@ class TaHTrainer(AxolotlTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         """As Axolotl builds it."""
         super().__init__(*args, **kwargs)
+        # Axolotl looks for `num_items_in_batch` in the decoder's signature; it is the whole model that reads it.
+        self.model_accepts_loss_kwargs = True
         self._sums: dict[str, float] = {}
 
     def compute_loss(

@@ -1,0 +1,215 @@
+"""Does a second pass help? Single-pass, always-twice and Think-at-Hard on the same data, updates and start.
+
+    python benchmarks/tah_quality.py [--seeds 3 --base 800 --steps 1000 --out runs/tah_quality]
+
+The domain is `a*b+c` with two-digit a and c, answered at once: the answer repeats the problem and gives the number,
+whose digits each depend on several steps. From the embedded instruct checkpoint, a backbone is trained until it is
+right about a third of the time; it is the start of every arm and the oracle's reference. Then, on rows none of them has
+seen, with the same updates (`axolotl train` on the shipped recipes, changed where it is said below):
+
+    single    the backbone alone, supervised
+    always    every token twice           (tah_backbone.yml, policy: always)
+    oracle    hard tokens twice           (tah_backbone.yml), scored with the oracle's labels
+    learned   the same weights after tah_decider.yml, scored with the decider
+
+Scores are exact matches on held-out problems, each prediction read after the right words before it, which is right
+exactly where greedy decoding is. The number of passes is counted over the answer's tokens. Two seeds run side by side;
+what is done is kept in the folder and not made again. Ends with one line of JSON: means and 95 % intervals over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mini_lab import INSTRUCT, RECIPES, mean_and_interval
+
+from harness.tools import Tools
+
+BATCH, TEST = 64, 1000
+DECIDER_STEPS, DECIDER = 300, {"threshold": 0.5}
+
+
+def problem(rng: random.Random) -> tuple[str, str]:
+    """A question and its answer."""
+    a, b, c = rng.randint(10, 99), rng.randint(2, 19), rng.randint(10, 99)
+    return f"Compute {a}*{b}+{c}.", f"{a}*{b}+{c}=\\boxed{{{a * b + c}}}"
+
+
+def is_test(question: str) -> bool:
+    """A twentieth of all problems, by a hash of the text alone."""
+    return hashlib.sha256(question.encode()).digest()[0] < 13
+
+
+def rows(seed: int, count: int, test: bool = False) -> list[dict[str, Any]]:
+    """Conversations; problems may come twice, but never both here and in the other split."""
+    rng = random.Random(f"tah_quality/{seed}/{test}")
+    found: list[dict[str, Any]] = []
+    while len(found) < count:
+        question, answer = problem(rng)
+        if is_test(question) == test:
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            found.append({"messages": turns})
+    return found
+
+
+class Arms:
+    """The trainings of one seed."""
+
+    def __init__(self, out: Path, tools: Tools, seed: int, base_steps: int, steps: int, rates: dict[str, float]):
+        """Everything goes to `out`."""
+        self.out, self.tools, self.seed, self.steps, self.rates = out, tools, seed, steps, rates
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.data = {"base": base_steps, "arms": steps, "decider": min(steps, DECIDER_STEPS)}
+        for name, count in self.data.items():
+            file = self.out / f"{name}.jsonl"
+            if not file.exists():  # the decider's rows are the first of the arms'
+                lines = [json.dumps(row) for row in rows(2 * seed + (name != "base"), BATCH * count)]
+                file.write_text("\n".join(lines) + "\n")
+
+    def train(self, name: str, recipe: str, start: Path, data: str, rate: float, **changes: Any) -> Path:
+        """`axolotl train` on a shipped recipe; the checkpoint it leaves."""
+        folder = self.out / name
+        if (folder / "done").exists():
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        settings = yaml.safe_load((RECIPES / f"{recipe}.yml").read_text())
+        tah = {**settings.pop("tah"), **changes.pop("tah", {})}
+        settings.update(
+            base_model=str(start),
+            datasets=[{**settings["datasets"][0], "path": str(self.out / f"{data}.jsonl")}],
+            dataset_prepared_path=str(self.out / "prepared"),
+            output_dir=str(folder),
+            micro_batch_size=BATCH,
+            num_epochs=1,
+            max_steps=self.data[data],
+            learning_rate=rate,
+            warmup_steps=20,
+            cosine_min_lr_ratio=0.1,
+            seed=self.seed,
+            tah=tah,
+            logging_steps=50,
+            **changes,
+        )
+        if changes.get("adapter", "tah") is None:
+            del settings["tah"]
+            settings["plugins"] = settings["plugins"][:1]
+        settings = {key: value for key, value in settings.items() if value is not None}
+        file = folder / "recipe.yml"
+        file.write_text(yaml.safe_dump(settings))
+        self.tools.run(["axolotl", "train", str(file), "--launcher", "python"], folder / "log.txt", threads=1)
+        (folder / "done").touch()
+        return folder
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """All arms, then their scores."""
+        plain = {"adapter": None}
+        base = self.train("base_model", "tah_backbone", INSTRUCT, "base", self.rates["base"], **plain)
+        single = self.train("single", "tah_backbone", base, "arms", self.rates["arms"], **plain)
+        # The adapter has a rank for this width, and no dropout on data that never comes twice.
+        tah = {"reference": str(base), "lora_dropout": 0.0}
+        oracle = self.train("oracle", "tah_backbone", base, "arms", self.rates["arms"], tah=tah)
+        always = self.train("always", "tah_backbone", base, "arms", self.rates["arms"], tah={**tah, "policy": "always"})
+        learned = self.train("learned", "tah_decider", oracle, "decider", self.rates["decider"], tah=DECIDER)
+        arms = {"base": base, "single": single, "always": always, "oracle": oracle, "learned": learned}
+        found = self.out / "scores.json"
+        if not found.exists():
+            self.tools.call(
+                score, str(base), {k: str(v) for k, v in arms.items()}, str(found), log=self.out / "score.txt"
+            )
+        return json.loads(found.read_text())
+
+
+def score(reference: str, arms: dict[str, str], file: str) -> None:
+    """In a child: exact match and passes of every arm, to `file`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import thinkswitch_plugin.tah.model  # noqa: F401  (registers the class)
+    from thinkswitch_plugin.tah.oracle import hard_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    ids, labels = [], []
+    for row in rows(0, TEST, test=True):
+        turns = row["messages"]
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        answer = [*tokenizer.encode(turns[1]["content"], add_special_tokens=False), tokenizer.eos_token_id]
+        ids.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)
+    width = max(map(len, ids))
+    padded = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+    wanted = torch.tensor([row[1:] + [-100] * (width - len(row) + 1) for row in labels])
+    oracle = hard_tokens(AutoModelForCausalLM.from_pretrained(reference).eval(), ids, labels, 8192)
+    depth = torch.ones_like(padded)
+    for at, verdict in enumerate(oracle):
+        depth[at, : len(verdict)] += verdict.long()
+    scores = {}
+    for name, folder in arms.items():
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        more = {"target_depth": depth} if name == "oracle" else {}
+        with torch.no_grad():
+            out = model(padded, attention_mask=mask, **more)
+        asked = wanted != -100
+        right = ((out.logits.argmax(-1) == wanted) | ~asked).all(1)
+        passes = out.depth[asked].float().mean() if hasattr(out, "depth") else torch.tensor(1.0)
+        scores[name] = {"accuracy": float(right.float().mean()), "passes": float(passes)}
+        if name == "learned":
+            hard, said = depth[asked] > 1, out.depth[asked] > 1
+            scores[name]["recall"] = float((hard & said).sum() / hard.sum())
+            scores[name]["precision"] = float((hard & said).sum() / said.sum().clamp(min=1))
+    Path(file).write_text(json.dumps(scores))
+
+
+def main() -> None:
+    """Seeds, then one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--base", type=int, default=800, help="updates of the backbone all arms start from")
+    parser.add_argument("--steps", type=int, default=1000, help="updates of every arm")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of every arm")
+    parser.add_argument("--out", type=Path, default=Path("runs/tah_quality"))
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    rates = {"base": 2e-3, "arms": asked.rate, "decider": 1e-3}
+    with Tools(asked.out / "preload.log") as tools, ThreadPoolExecutor(2) as pool:
+        tools.wait()
+
+        def one(seed: int) -> dict[str, dict[str, float]]:
+            folder = asked.out.resolve() / f"seed_{seed}"
+            found = Arms(folder, tools, seed, asked.base, asked.steps, rates).run()
+            print(f"seed {seed}  {found}", flush=True)
+            return found
+
+        seeds = list(pool.map(one, range(asked.seeds)))
+    points = {arm: mean_and_interval([100 * seed[arm]["accuracy"] for seed in seeds]) for arm in seeds[0]}
+
+    def over(arm: str, other: str) -> list[float]:
+        return mean_and_interval([100 * (seed[arm]["accuracy"] - seed[other]["accuracy"]) for seed in seeds])
+
+    print(
+        json.dumps(
+            {
+                "accuracy": points,
+                "passes": {arm: mean_and_interval([seed[arm]["passes"] for seed in seeds]) for arm in seeds[0]},
+                "learned_over_single": over("learned", "single"),
+                "oracle_over_single": over("oracle", "single"),
+                "learned_over_always": over("learned", "always"),
+                "base_updates": asked.base,
+                "updates": asked.steps,
+                "rate": asked.rate,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Which tokens are hard: against asking the reference one row at a time, and the file that keeps the verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slow_tah import backbone
+
+from thinkswitch_plugin.tah import oracle
+
+REFERENCE = backbone()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 20), min_size=1, max_size=9),
+    at_once=st.integers(1, 80),
+    seed=st.integers(0, 1000),
+)
+def test_batches_of_any_size_say_what_single_rows_say(lengths: list[int], at_once: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    rows = [torch.randint(1, 61, (length,)).tolist() for length in lengths]
+    labels = [[-100 if torch.rand(()) < 0.4 else word for word in row] for row in rows]
+    verdicts = oracle.hard_tokens(REFERENCE, rows, labels, at_once)
+    for row, label, verdict in zip(rows, labels, verdicts, strict=True):
+        with torch.no_grad():
+            said = REFERENCE(torch.tensor([row])).logits[0].argmax(-1)
+        expected = [
+            at + 1 < len(row) and label[at + 1] != -100 and int(said[at]) != row[at + 1] for at in range(len(row))
+        ]
+        assert verdict.tolist() == expected
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    torch.manual_seed(5)
+    rows = [torch.randint(1, 61, (length,)).tolist() for length in (5, 9, 7)]
+    labels = [[-100, -100, *row[2:]] for row in rows]
+    return Dataset.from_dict({"input_ids": rows, "labels": labels})
+
+
+def test_labels_are_kept_and_asked_for_once(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = tmp_path / "reference"
+    REFERENCE.save_pretrained(reference)
+    first, found = oracle.label(dataset, str(reference), 3, 100, tmp_path / "kept")
+    assert found["cached"] == 0
+    assert found["tokens"] == sum(len(row) - 2 for row in dataset["input_ids"])
+    assert found["hard"] == sum(depth == 3 for row in first["target_depth"] for depth in row)
+    assert found["share"] == found["hard"] / found["tokens"] > 0
+    assert {depth for row in first["target_depth"] for depth in row} == {1, 3}
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("the reference was asked again")
+
+    monkeypatch.setattr(oracle, "hard_tokens", asked)
+    again, found = oracle.label(dataset, str(reference), 3, 7, tmp_path / "kept")
+    assert found["cached"] == 1
+    assert again["target_depth"][:] == first["target_depth"][:]
+    with pytest.raises(AssertionError, match="asked again"):  # other rows
+        oracle.label(dataset.select([0, 1]), str(reference), 3, 100, tmp_path / "kept")
+    REFERENCE.save_pretrained(reference)
+    weights = reference / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(AssertionError, match="asked again"):  # other weights
+        oracle.label(dataset, str(reference), 3, 100, tmp_path / "kept")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_collator_pads_depths_where_it_pads_words(recipes: Path, side: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(recipes / "mini/instruct", padding_side=side)
+    rows = [
+        {"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [5] * n, "target_depth": [2] * n} for n in (2, 4)
+    ]
+    batch = oracle.collate(tokenizer, return_tensors="pt")([dict(row) for row in rows])
+    assert torch.equal(batch["target_depth"] == -100, batch["attention_mask"] == 0)
+    assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
