@@ -68,6 +68,22 @@ def test_on_policy_distillation_alone(checkout: Path) -> None:
     assert (adapter / "merged/model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_think_at_hard_alone(checkout: Path) -> None:
+    said = native(checkout, "axolotl", "tah-label", "recipes/tah_backbone.yml")
+    assert "tokens (17.2%) are hard for recipes/mini/instruct" in said
+    for stage in ("backbone", "decider"):
+        said = native(checkout, "axolotl", "train", f"recipes/tah_{stage}.yml", "--launcher", "python")
+        assert "are hard for recipes/mini/instruct (kept from before)" in said
+    model = f"pretrained={checkout / 'runs/recipes/tah_decider'},trust_remote_code=True"
+    said = native(
+        checkout,
+        *("lm_eval", "--tasks", "mini_math", "--model", "hf", "--model_args", model),
+        *("--apply_chat_template", "--batch_size", "64"),
+    )
+    assert "exact_match" in said
+
+
 QWEN3_4B = {  # the layer shapes of Qwen/Qwen3-4B, two layers of its 36
     "hidden_size": 2560,
     "intermediate_size": 9728,
@@ -80,6 +96,7 @@ QWEN3_4B = {  # the layer shapes of Qwen/Qwen3-4B, two layers of its 36
     "max_position_embeddings": 4096,
     "rope_theta": 5000000,
 }
+A_GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_86"}
 # What a CPU cannot do, and nothing else: no bf16 or tf32 kernels, no Triton, no paged optimizer.
 ON_A_CPU = {
     "bf16": False,
@@ -141,14 +158,7 @@ def test_the_4b_recipes_pass_axolotl_s_own_validation(checkout: Path, two_layers
     prepare_plugins(cfg)
     checked = validate_config(
         cfg,
-        capabilities={
-            "bf16": True,
-            "fp8": False,
-            "tf32": True,
-            "n_gpu": 1,
-            "n_node": 1,
-            "compute_capability": "sm_86",
-        },
+        capabilities=A_GPU,
         env_capabilities={"torch_version": "2.13.0"},
     )
     assert checked.adapter == "qlora"
@@ -157,6 +167,34 @@ def test_the_4b_recipes_pass_axolotl_s_own_validation(checkout: Path, two_layers
     else:
         assert checked.trace_stripping["max_dropped_fraction"] == 0.5
         assert checked.liger_fused_linear_cross_entropy is True
+
+
+@pytest.mark.parametrize(("size", "width"), [("0.6b", 1024), ("1.7b", 2048)])
+def test_the_think_at_hard_recipes_pass_axolotl_s_own_validation(
+    checkout: Path, tmp_path: Path, size: str, width: int
+) -> None:
+    """As they are for a GPU, on configs of the real shapes."""
+    import axolotl.cli.config  # noqa: F401  (configures Axolotl's logging before anything else)
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+    from transformers import Qwen3Config
+
+    from thinkswitch_plugin.tah import TaHConfig
+    from thinkswitch_plugin.tah.args import read_block
+
+    text = Qwen3Config(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=28, vocab_size=151936)
+    text.save_pretrained(tmp_path / "plain")
+    for stage in ("backbone", "decider"):
+        recipe = yaml.safe_load((checkout / f"recipes/qwen3_{size}/tah_{stage}.yml").read_text())
+        block = read_block(recipe["tah"])
+        if stage == "backbone":
+            TaHConfig(text_config=text, **block.of_config).save_pretrained(tmp_path / "tah")
+        cfg = DictDefault({**recipe, "base_model": str(tmp_path / ("plain" if stage == "backbone" else "tah"))})
+        prepare_plugins(cfg)
+        checked = validate_config(cfg, capabilities=A_GPU, env_capabilities={"torch_version": "2.13.0"})
+        assert checked.adapter == "tah"
+        assert checked.tah["stage"] == stage
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def sequences(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     return Sequences(ids, attention, marks)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig, pad: int
 ) -> tuple[list[list[int]], list[bool]]:
