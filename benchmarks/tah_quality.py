@@ -4,8 +4,9 @@
 
 The domain is `a*b+c` with two-digit a and c, answered at once: the answer repeats the problem and gives the number,
 whose digits each depend on several steps. From the embedded instruct checkpoint, a backbone is trained until it is
-right about a third of the time; it is the start of every arm and the oracle's reference. Then, on rows none of them has
-seen, with the same updates (`axolotl train` on the shipped recipes, changed where it is said below):
+right about a third of the time; it is the start of every arm and the oracle's reference. Then, on rows drawn anew (a
+problem may have come before; test problems never did), with the same updates (`axolotl train` on the shipped recipes,
+changed where it is said below):
 
     single    the backbone alone, supervised
     always    every token twice           (tah_backbone.yml, policy: always)
@@ -114,7 +115,7 @@ class Arms:
         plain = {"adapter": None}
         base = self.train("base_model", "tah_backbone", INSTRUCT, "base", self.rates["base"], **plain)
         single = self.train("single", "tah_backbone", base, "arms", self.rates["arms"], **plain)
-        # The adapter has a rank for this width, and no dropout on data that never comes twice.
+        # The adapter has a rank for this width, and no dropout on rows that are drawn anew.
         tah = {"reference": str(base), "lora_dropout": 0.0}
         oracle = self.train("oracle", "tah_backbone", base, "arms", self.rates["arms"], tah=tah)
         always = self.train("always", "tah_backbone", base, "arms", self.rates["arms"], tah={**tah, "policy": "always"})

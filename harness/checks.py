@@ -6,7 +6,9 @@ The one that needs lm-eval, `check_tasks`, runs in a child of the preloaded serv
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 from harness.errors import LoopError
 from harness.rundir import read_json
-from thinkswitch_plugin.prompts import read_prompts
+from thinkswitch_plugin.prompts import conversation, read_prompts
 from thinkswitch_plugin.recipe import may_be_hub_id
 
 SHAPE_KEYS = (
@@ -28,7 +30,8 @@ SHAPE_KEYS = (
     "head_dim",
     "tie_word_embeddings",
 )
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # what a checkpoint needs; never a pickle
+TAH_LOADER = "tah_auto.py"
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", TAH_LOADER]  # what is needed; never a pickle
 
 
 def local_checkpoint(name: str, role: str) -> Path:
@@ -58,24 +61,104 @@ def check_checkpoint(folder: Path, role: str) -> None:
     Raises:
         LoopError: naming what is missing.
     """
+    if lack := _lack(folder):
+        raise LoopError(f"--{role} {folder}: {lack}")
+
+
+def _lack(folder: Path) -> str:
+    """What a folder lacks to be a checkpoint the tools can load, empty if nothing."""
     for file in ("config.json", "tokenizer.json"):
         if not (folder / file).is_file():
-            raise LoopError(f"--{role} {folder}: has no {file}; name the folder of a Hugging Face checkpoint")
+            return f"has no {file}; name the folder of a Hugging Face checkpoint"
     if not list(folder.glob("*.safetensors")):
-        raise LoopError(f"--{role} {folder}: has no .safetensors weights (pickles are not read); convert it first")
+        return "has no .safetensors weights (pickles are not read); convert it first"
     in_config = (read_json(folder / "tokenizer_config.json") or {}).get("chat_template")
     if not in_config and not (folder / "chat_template.jinja").is_file():
-        raise LoopError(f"--{role} {folder}: its tokenizer has no chat template; add chat_template.jinja")
+        return "its tokenizer has no chat template; add chat_template.jinja"
+    return ""
+
+
+def is_tah(folder: Path) -> bool:
+    """Whether a folder is a Think-at-Hard checkpoint, by its config."""
+    config = read_json(folder / "config.json")
+    return isinstance(config, dict) and config.get("model_type") == "tah"
+
+
+def check_tah(folder: Path, role: str) -> None:
+    """A TaH checkpoint that runs no code but this package's when a tool loads it with `trust_remote_code`.
+
+    Raises:
+        LoopError: naming the code.
+    """
+    for file in sorted(folder.rglob("*.py")):
+        if file != folder / TAH_LOADER or not _only_imports(file):
+            raise LoopError(
+                f"--{role} {folder}: {file.relative_to(folder)} would run when it is loaded; a TaH checkpoint has one "
+                f"file of code, {TAH_LOADER}, that imports from thinkswitch_plugin.tah and nothing else"
+            )
+    for file in sorted(folder.glob("*.json")):
+        value = read_json(file)
+        named = value.get("auto_map") if isinstance(value, dict) else None
+        if named and "--" in json.dumps(named):
+            raise LoopError(f"--{role} {folder}: auto_map in {file.name} names code on the hub; remove it")
+
+
+def _only_imports(file: Path) -> bool:
+    """Whether all that a Python file does is import from `thinkswitch_plugin.tah`."""
+    try:
+        lines = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return False
+    for line in lines:
+        if isinstance(line, ast.ImportFrom):
+            harmless = (line.module or "").startswith("thinkswitch_plugin.tah.") and not line.level
+        elif isinstance(line, ast.Assign) and isinstance(line.value, ast.List):
+            names = all(isinstance(name, ast.Constant) for name in line.value.elts)
+            harmless = names and [ast.unparse(target) for target in line.targets] == ["__all__"]
+        else:
+            harmless = isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+        if not harmless:
+            return False
+    return True
+
+
+def check_think_map(folder: Path, prompt: str, decider: str | None, page: Path | None) -> None:
+    """Whether a think map can be made, as far as files tell.
+
+    Raises:
+        LoopError: with what is wrong, in one line.
+    """
+    if not folder.is_dir():
+        raise LoopError(f"{folder}: no such folder; name that of a TaH checkpoint")
+    if (folder / "config.json").is_file() and not is_tah(folder):
+        raise LoopError(f"{folder}: not a TaH checkpoint (model_type in its config.json is not tah)")
+    if lack := _lack(folder):
+        raise LoopError(f"{folder}: {lack}")
+    config = read_json(folder / "config.json")
+    policy = decider or config.get("decider")
+    if policy == "oracle" or (policy == "learned" and not config.get("decider_hidden")):
+        raise LoopError(
+            f"{folder}: its decider is not trained yet; train it (a recipe with stage: decider), "
+            "or give --decider always or --decider never"
+        )
+    try:
+        conversation({"prompt": prompt})
+    except ValueError:
+        raise LoopError("--prompt: is empty, or no text in UTF-8; ask something") from None
+    if page and (page.is_dir() or not os.access(page if page.exists() else page.resolve().parent, os.W_OK)):
+        raise LoopError(f"--html {page}: cannot be written; name a file in a folder that is there")
 
 
 def check_pair(instruct: Path, thinking: Path) -> None:
     """Two checkpoints of one shape and one tokenizer: the precondition of interpolating their weights.
 
+    Of a TaH checkpoint, its backbone.
+
     Raises:
         LoopError: with the first difference.
     """
     why = "a ThinkSwitch pair must share one pretraining: use two finetunes of the same base"
-    ours, theirs = (read_json(folder / "config.json") for folder in (instruct, thinking))
+    ours, theirs = _config(instruct), _config(thinking)
     for key in SHAPE_KEYS:
         if ours.get(key) != theirs.get(key):
             raise LoopError(
@@ -89,13 +172,32 @@ def check_pair(instruct: Path, thinking: Path) -> None:
             f"the pair's tokenizers differ in {len(differing)} entries, such as {differing[0][0]!r}: "
             f"{instruct} and {thinking}\n{why}"
         )
-    mine_shapes, other_shapes = tensor_shapes(instruct), tensor_shapes(thinking)
+    mine_shapes, other_shapes = _backbone_shapes(instruct), _backbone_shapes(thinking)
     for name in sorted({*mine_shapes, *other_shapes}):
         if mine_shapes.get(name) != other_shapes.get(name):
             raise LoopError(
                 f"the pair does not fit: {name} is {mine_shapes.get(name, 'missing')} in {instruct} "
                 f"and {other_shapes.get(name, 'missing')} in {thinking}\n{why}"
             )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config of a checkpoint, of its backbone if it is a TaH one."""
+    config: dict[str, Any] = read_json(folder / "config.json")
+    return config["text_config"] if is_tah(folder) else config
+
+
+def _backbone_shapes(folder: Path) -> dict[str, list[int]]:
+    """Tensor shapes by name; of a TaH checkpoint those of its backbone, without adapter and decider."""
+    shapes = tensor_shapes(folder)
+    if not is_tah(folder):
+        return shapes
+    prefix, adapter = "backbone.", (".A", ".B")
+    return {
+        name.removeprefix(prefix): shape
+        for name, shape in shapes.items()
+        if name.startswith(prefix) and not name.endswith(adapter)
+    }
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
@@ -140,11 +242,13 @@ def check_prompts(file: Path) -> None:
 def check_disk(root: Path, checkpoint: Path, iterations: int) -> None:
     """Room for what the run will write: an instruct and a thinking checkpoint an iteration, and a merge under way.
 
+    An evaluation alone, no iteration, writes no checkpoint.
+
     Raises:
         LoopError: with what is needed and what is free, in GB.
     """
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    needed = int(weights * (2 * iterations + 1) * 1.05)
+    needed = int(weights * (2 * iterations + 1) * 1.05) if iterations else 0
     place = next(folder for folder in (root, *root.resolve().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

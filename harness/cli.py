@@ -1,16 +1,22 @@
 """The command `ts-loop`: options in, exit code out.
 
-Knows Click. Turns options into overrides of `loop.yml`, errors into one or two lines, and leaves the run to `loop`.
+Knows Click. Turns options into overrides of `loop.yml`, errors into one or two lines, and leaves the run to `loop`. Its
+one subcommand, `think-map`, shows how one TaH checkpoint answers one prompt, and leaves that to the plugin.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from harness.errors import LoopError
 
@@ -26,7 +32,12 @@ Run again with the same --name and it continues where it stopped.
 """
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EPILOG)
+@click.group(
+    invoke_without_command=True,
+    subcommand_metavar="",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=EPILOG,
+)
 @click.option("--iters", "iterations", type=int, help="How many iterations.  [default: 3]")
 @click.option("--config", type=click.Path(path_type=Path), help="A loop.yml.  [default: the shipped one]")
 @click.option("--name", help="Name of the run, and of its folder under --out.")
@@ -52,13 +63,19 @@ Run again with the same --name and it continues where it stopped.
 )
 @click.option("--dry-run", is_flag=True, help="Print each stage's native command, run nothing.")
 @click.version_option(package_name="thinkswitch")
-def command(config: Path | None, out: Path, dry_run: bool, **overrides: Any) -> None:
+@click.pass_context
+def command(context: click.Context, config: Path | None, out: Path, dry_run: bool, **overrides: Any) -> None:
     """Move a thinking checkpoint's skill into its instruct twin.
 
     In each iteration the thinking checkpoint answers the prompts (lm-eval), its traces are removed and the answers
     distilled into the instruct checkpoint (Axolotl, QLoRA), the thinking checkpoint is rebuilt by spherical
     interpolation (mergekit), and both are tested (lm-eval). Only prompts come from you: no gold answer is ever used.
     """
+    if other := context.invoked_subcommand:
+        for parameter in context.command.params:
+            if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{parameter.opts[0]} is the loop's, not an option of {other}")
+        return
     from harness import loop
     from harness.config import load, recipes_folder
     from harness.report import View
@@ -85,6 +102,70 @@ def command(config: Path | None, out: Path, dry_run: bool, **overrides: Any) -> 
         loop.run(settings, recipes, folder, view)
     finally:
         view.close()
+
+
+def quiet() -> None:
+    """Keep what the stack says while it loads off the terminal; before it is imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+@command.command("think-map")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="What to ask it; in the checkpoint's chat template, answered greedily.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="When to stop.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Probability above which a token continues.  [default: the checkpoint's]",
+)
+@click.option(
+    "--decider",
+    type=click.Choice(["learned", "always", "never"]),
+    help="Who says that a token continues.  [default: the checkpoint's]",
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Also write the map to this file, as a page.")
+def think_map(
+    checkpoint: Path, prompt: str, max_new_tokens: int, threshold: float | None, decider: str | None, html: Path | None
+) -> None:
+    """See a Think-at-Hard checkpoint think.
+
+    Prints its answer with each token coloured by the decider's probability, those that took a deeper pass underlined,
+    the mean depth and the share that iterated. CHECKPOINT is a folder.
+    """
+    from rich.console import Console
+
+    from harness.checks import check_think_map
+
+    check_think_map(checkpoint, prompt, decider, html)
+    given = {"threshold": threshold, "decider": decider}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    console, aside = Console(highlight=False), Console(stderr=True)
+    status: Any = aside.status(f"loading {checkpoint.name}") if aside.is_terminal else contextlib.nullcontext()
+    quiet()
+    with status:
+        try:
+            from thinkswitch_plugin.tah import think_map as maps
+
+            model, tokenizer = maps.load(str(checkpoint), **settings)
+            if aside.is_terminal:
+                status.update("answering")
+            asked, answered = maps.answer(model, tokenizer, prompt, max_new_tokens)
+            shown = maps.think_map(model, tokenizer, asked, answered)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise LoopError(f"{checkpoint}: {' '.join(str(error).split())}") from None
+        except KeyboardInterrupt:
+            click.echo("ts-loop: stopped", err=True)
+            sys.exit(130)
+    console.print(maps.text_of(shown, styled=console.color_system is not None), soft_wrap=True)
+    console.print(maps.facts(shown), soft_wrap=True)
+    if html:
+        try:
+            html.write_text(maps.page(shown, prompt, checkpoint.resolve().name), encoding="utf-8")
+        except OSError as error:
+            raise LoopError(f"--html {html}: cannot be written ({error.strerror})") from None
+        console.print(f"to look at: {html}", soft_wrap=True)
 
 
 def main() -> None:

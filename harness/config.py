@@ -42,9 +42,9 @@ class LoopConfig(BaseModel):
     as it is, 1 is the instruct checkpoint. `anchor` is the thinking checkpoint it is interpolated with: `original`
     (the one the run began with) or `previous` (the one reconstructed an iteration ago). `distill` says what the
     instruct checkpoint learns from: the thinking one's `answers`, or, `on-policy`, its judgement of the instruct one's
-    own. `nf4` answers prompts and questions with the checkpoints' linear layers in NF4, where bfloat16 does not fit the
-    GPU. `jobs` is how many stages may run side by side where none reads what the other writes (an evaluation and the
-    next iteration's labels): 1 where they would share one GPU.
+    own. With 0 `iterations` the pair is evaluated as it came. `nf4` answers prompts and questions with the checkpoints'
+    linear layers in NF4, where bfloat16 does not fit the GPU. `jobs` is how many stages may run side by side where none
+    reads what the other writes (an evaluation and the next iteration's labels): 1 where they would share one GPU.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,7 +55,7 @@ class LoopConfig(BaseModel):
     prompts: list[str] = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)
     include_path: Path | None = None
-    iterations: int = Field(default=3, ge=1)
+    iterations: int = Field(default=3, ge=0)
     t: float = Field(default=0.1, ge=0.0, le=1.0)
     anchor: Literal["original", "previous"] = "original"
     distill: Literal["answers", "on-policy"] = "answers"

@@ -24,9 +24,9 @@ from typing import Any
 from harness import checks, report, scores, stages
 from harness.config import LoopConfig, read_yaml
 from harness.errors import LoopError
-from harness.rundir import RunDir, digest, write_json
+from harness.rundir import RunDir, digest, read_json, write_json
 from harness.stages import Recipe, Stage
-from harness.tools import ToolError, Tools, last_words
+from harness.tools import ToolError, Tools, Usage, last_words
 from thinkswitch_plugin.trace_stripping.report import PREFIX
 
 STAGES = ("generate", "distill", "reconstruct", "evaluate")
@@ -38,6 +38,9 @@ def plan(config: LoopConfig, recipes: dict[str, Recipe], run: RunDir) -> Iterato
     """Every stage of the run in order, each with the recipe and the commands of its iteration."""
     instruct, thinking = config.instruct, config.thinking
     tests = {"instruct": recipes["evaluate"], "thinking": recipes.get("evaluate_thinking", recipes["evaluate"])}
+    for who, checkpoint in (("instruct", instruct), ("thinking", thinking)):
+        if checks.is_tah(Path(checkpoint)):
+            tests[who] = stages.trusting(tests[who])
     yield stages.evaluate(config, tests, 0, run.stage(0, "evaluate"), instruct, thinking)
     for k in range(1, config.iterations + 1):
         generate, distill, reconstruct, evaluate = (run.stage(k, name) for name in STAGES)
@@ -80,6 +83,12 @@ def check(config: LoopConfig, run: RunDir) -> LoopConfig:
         folder = checks.local_checkpoint(getattr(config, role), role)
         checks.check_checkpoint(folder, role)
         pair[role] = folder
+    for role, folder in pair.items():
+        if checks.is_tah(folder):
+            if config.iterations or config.nf4:
+                what = "distilled or merged; evaluate it by --iters 0" if config.iterations else "put in NF4"
+                raise LoopError(f"--{role} {folder}: a TaH checkpoint cannot be {what}")
+            checks.check_tah(folder, role)
     checks.check_pair(pair["instruct"], pair["thinking"])
     if config.prompts_file:
         checks.check_prompts(config.prompts_file)
@@ -127,6 +136,8 @@ def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View, threads:
             with log.open("a", encoding="utf-8") as file:
                 file.write(f"$ {' '.join(command)}\n")
             used.append(tools.run(command, log, partial(view.progress, stage), threads))
+        if stage.name == "evaluate":
+            used += count_passes(stage, tools, view, log, threads)
         for source, target in stage.renames:
             (stage.folder / source).rename(stage.folder / target)
         for name in stage.scratch:
@@ -148,11 +159,22 @@ def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View, threads:
             said = log.read_text(encoding="utf-8", errors="replace").splitlines()
             facts["prepared"] = [line.partition(mark)[2] for line in said for mark in PREPARED if mark in line]
         if stage.name == "evaluate":
+            passes = {who: read_json(stage.folder / f"{who}_passes.json") or {} for who in ("instruct", "thinking")}
             facts["rows"] = [
-                row
-                for who in ("instruct", "thinking")
+                {**row, **passes[who].get(row["task"], {})}
+                for who in passes
                 for row in scores.read(stage.folder / who, stage.iteration, who, stage.inputs[who])
             ]
+
+
+def count_passes(stage: Stage, tools: Tools, view: report.View, log: Path, threads: int | None) -> Iterator[Usage]:
+    """Count the passes of the answers that an evaluation's TaH checkpoints gave, if it has any."""
+    for who in ("instruct", "thinking"):
+        if checks.is_tah(Path(stage.inputs[who])):
+            view.counting(stage)
+            files = str(stage.folder / who), str(stage.folder / f"{who}_passes.json")
+            recipe = stage.recipes[f"{who}.yml"]
+            yield tools.call(scores.count_passes, recipe, *files, log=log, preloaded=True, threads=threads)
 
 
 def check_labels(stage: Stage) -> dict[str, int]:

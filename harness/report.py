@@ -79,6 +79,10 @@ class View:
         where = f"iteration {stage.iteration}/{self.iterations}  {stage.name}{part}"
         self._task(stage.folder, f"{where}: {WHAT[stage.name]}  [dim]{command[0]}[/dim]")
 
+    def counting(self, stage: Stage) -> None:
+        """A stage counts the passes of a TaH checkpoint's answers."""
+        self._task(stage.folder, f"iteration {stage.iteration}/{self.iterations}  {stage.name}: passes are counted")
+
     def progress(self, stage: Stage, done: int, total: int) -> None:
         """The progress bar of the command that a stage runs has moved."""
         self.bar.update(self.running[stage.folder], completed=done, total=total)
@@ -98,6 +102,11 @@ class View:
         """The run is over: the table, where the time went, and where everything lies."""
         self.close()
         self.console.print(table(rows))
+        if cells := pass_cells(rows):
+            passes = Table(*PASS_HEADS, title="passes of TaH checkpoints", title_justify="left")
+            for line in cells:
+                passes.add_row(*line)
+            self.console.print(passes)
         self.console.print(stage_table(stages))
         self.console.print(f"checkpoints, logs and scores: {run.root}\nto look at: {run.report}", soft_wrap=True)
 
@@ -192,6 +201,27 @@ def table(rows: list[Row], title: str = "scores") -> Table:
     return result
 
 
+PASS_HEADS = ("iteration", "checkpoint", "task", "mean depth", "skipped", "MFLOPs a token", "× single", "× always")
+
+
+def pass_cells(rows: list[Row]) -> list[list[str]]:
+    """What TaH checkpoints' answers cost, for the table and the page: beside a single pass, and every pass always."""
+    return [
+        [
+            str(row["iteration"]),
+            row["checkpoint"],
+            row["task"],
+            f"{row['mean_depth']:.3f}",
+            f"{row['skip_rate']:.1%}",
+            f"{row['flops_per_token'] / 1e6:,.2f}",
+            f"{row['flops_per_token'] / row['flops_per_token_single']:.2f}",
+            f"{row['flops_per_token'] / row['flops_per_token_always']:.2f}",
+        ]
+        for row in sorted(rows, key=lambda r: (r["task"], r["checkpoint"], r["iteration"]))
+        if row.get("mean_depth") is not None
+    ]
+
+
 def by_stage(stages: list[dict[str, Any]]) -> list[tuple[str, int, float, float, float]]:
     """(name, runs, wall seconds, CPU seconds, peak MiB) for each kind of stage that is done."""
     done = [facts for facts in stages if facts]
@@ -271,13 +301,15 @@ def page(
         f"<figure><figcaption>{html.escape(task)}</figcaption>{chart(task, rows)}</figure>"
         for task in sorted({row["task"] for row in rows})
     )
+    passes = pass_cells(rows)
+    passes_part = f"<h2>Passes of TaH checkpoints</h2>{_html_table(PASS_HEADS, passes)}" if passes else ""
     times = [(n, str(k), f"{wall:.1f}", f"{cpu:.1f}", f"{peak:.0f}") for n, k, wall, cpu, peak in by_stage(stages)]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)} – ThinkSwitch</title>'
         f"<style>{STYLE}</style><h1>{html.escape(name)}</h1>"
         f"<p>Accuracy by iteration: {legend}, with 95 % Wilson intervals. {_clock(results['wall_s'])}{cost}.</p>"
         f'<div class="charts">{charts}</div><h2>Scores</h2>{_html_table(HEADS, [_cells(r, rows) for r in ordered])}'
-        f"<h2>Time by stage</h2>{_html_table(('stage', 'runs', 'wall s', 'CPU s', 'peak MiB'), times)}"
+        f"{passes_part}<h2>Time by stage</h2>{_html_table(('stage', 'runs', 'wall s', 'CPU s', 'peak MiB'), times)}"
         f"<h2>Settings</h2><pre>{html.escape(_lines({**settings, **noted.get('versions', {})}))}</pre>"
         f"<h2>Commands</h2><pre>{html.escape(commands)}</pre></html>\n"
     )

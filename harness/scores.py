@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError
+from harness.rundir import write_json
 from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, split_trace
 
 Row = dict[str, Any]
+TAH_SETTINGS = ("dtype", "max_depth", "mix_top_k", "decider", "threshold")  # that model_args may set for the model
 DATE = "[0-9][0-9][0-9][0-9]-*"  # how lm-eval ends its file names; a task may be named as another's beginning
 
 
@@ -121,6 +123,26 @@ def read(folder: Path, iteration: int, who: str, checkpoint: str) -> list[Row]:
             }
         )
     return rows
+
+
+def count_passes(recipe: dict[str, Any], folder: str, output: str) -> None:
+    """Count the passes of a TaH checkpoint's answers, task by task, into the JSON file `output`. Runs in a child.
+
+    Args:
+        recipe: the lm-eval config that asked it, whose model and settings are loaded again.
+        folder: what lm-eval left.
+        output: `{task: {"mean_depth": …}}`; the keys of a row of `results.json`.
+    """
+    from thinkswitch_plugin.tah import cost, think_map
+
+    given = recipe["model_args"]
+    settings = {key: given[key] for key in TAH_SETTINGS if key in given}
+    model, tokenizer = think_map.load(given["pretrained"], recipe.get("device"), **settings)
+    counted = {}
+    for task in asked_tasks(Path(folder)):
+        pairs = [(s["arguments"]["gen_args_0"]["arg_0"], answers(s)[0][0]) for s in samples(Path(folder), task)]
+        counted[task] = cost.summary(model.config, cost.count(model, tokenizer, pairs))
+    write_json(Path(output), counted)
 
 
 def _token_counter(checkpoint: Path) -> Callable[[str], int] | None:

@@ -45,6 +45,11 @@ def _lm_eval(recipe: Recipe, config: LoopConfig, checkpoint: str, tasks: list[st
     return result
 
 
+def trusting(recipe: Recipe) -> Recipe:
+    """An lm-eval config that loads the classes a checkpoint names; for one whose code was looked at."""
+    return {**recipe, "model_args": {**recipe.get("model_args", {}), "trust_remote_code": True}}
+
+
 def _asked(config: LoopConfig, resolved: Recipe, folder: Path, file: str, copy_name: str) -> list[list[str]]:
     """The commands that ask a checkpoint its tasks: of an NF4 copy, made first, if the run says so."""
     ask = ["lm_eval", "run", "--config", str(folder / file)]

@@ -121,10 +121,20 @@ class Tools:
         title = " ".join(command[:2])
         return self._run(self._context, _console_script, (command,), title, log, on_progress, threads)
 
-    def call(self, function: Callable[..., None], *args: object, log: Path) -> Usage:
-        """Run a module-level function in a process of its own, which need not wait for the preloading."""
-        context = multiprocessing.get_context("spawn")
-        return self._run(context, function, args, function.__name__, log, None, None)
+    def call(
+        self,
+        function: Callable[..., None],
+        *args: object,
+        log: Path,
+        preloaded: bool = False,
+        threads: int | None = None,
+    ) -> Usage:
+        """Run a module-level function in a process of its own, its output appended to `log`.
+
+        It need not wait for the preloading, unless it is to be a fork of the `preloaded` server; `threads` as in `run`.
+        """
+        context = self._context if preloaded else multiprocessing.get_context("spawn")
+        return self._run(context, function, args, function.__name__, log, None, threads)
 
     def stop(self) -> None:
         """End every command that is running, and let no other begin. The threads that ran them get a `ToolError`."""

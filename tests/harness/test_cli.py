@@ -52,7 +52,7 @@ def write(folder: Path, name: str, text: str) -> str:
     [
         (["--t", "1.5"], "--t: "),
         (["--t", "abc"], "Invalid value for '--t'"),
-        (["--iters", "0"], "--iters"),
+        (["--iters", "-1"], "--iters"),
         (["--anchor", "last"], "--anchor: "),
         (["--config", "missing.yml"], "missing.yml: no such file"),
         (["--instruct", "missing"], "--instruct missing: no such folder"),

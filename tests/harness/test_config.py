@@ -67,7 +67,7 @@ def test_t_outside_its_range(tmp_path: Path, t: float) -> None:
     [
         ({"steps": 3}, "steps: extra inputs are not permitted"),
         ({"instruct": None}, "instruct: field required"),
-        ({"iterations": 0}, "iterations: "),
+        ({"iterations": -1}, "iterations: "),
         ({"anchor": "last"}, "anchor: "),
         ({"name": "../up"}, "name: "),
         ({"tasks": []}, "tasks: "),

@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "tah_sdpa"
-FAR = torch.iinfo(torch.int64).max  # the column of an empty slot: later than any query
+FAR = 2**62  # the column of an empty slot: later than any query, and a number that padding with floats keeps
 SLACK = 16  # slots a buffer grows by at least; otherwise it doubles
 
 Layers = dict[int, tuple[Tensor, Tensor]]

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 from transformers import AutoConfig, PreTrainedConfig
 
 Policy = Literal["learned", "oracle", "always", "never"]
+# What some families do to embeddings or logits outside their layers (Granite, Cohere, Gemma).
+SCALED = ("embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 class TaHConfig(PreTrainedConfig):
@@ -90,6 +92,13 @@ class TaHConfig(PreTrainedConfig):
             raise ValueError(
                 f"tah: decider_layers has {wrong[0]}; the backbone has {layers} layers: 0 (the embedding) to {layers}"
             )
+        if any(width < 1 for width in self.decider_hidden):
+            raise ValueError(f"tah: decider_hidden is {self.decider_hidden}; widths are 1 or more")
+        for key in SCALED:
+            if getattr(text, key, None) not in (None, 0, 1):
+                raise ValueError(f"tah: the backbone's config sets {key}, which passes of several depths do not know")
+        if getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None):
+            raise ValueError("tah: the backbone has sliding_window set; duo-causal attention is full")
         sliding = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
         if sliding:
             raise ValueError(

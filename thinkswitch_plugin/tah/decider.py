@@ -71,5 +71,6 @@ class Decider(nn.Module):
         Returns:
             [N]; a token continues where their sigmoid is above the threshold.
         """
-        x = self.combine(torch.cat([*states, self.read_logits(logits)], dim=-1))
+        dtype = self.out.weight.dtype  # of its own: at the paper's learning rate bfloat16 loses most updates
+        x = self.combine(torch.cat([*(s.to(dtype) for s in states), self.read_logits(logits.to(dtype))], dim=-1))
         return self.out(self.norm(self.blocks(self.project(x)))).squeeze(-1)

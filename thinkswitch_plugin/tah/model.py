@@ -34,6 +34,7 @@ from thinkswitch_plugin.tah.decider import Decider
 from thinkswitch_plugin.tah.lora import DepthLinear, add_adapters
 
 LOGITS = 40_000_000  # floats of logits at once where many tokens are looked at: 160 MB
+PICKED = 8  # words of the vocabulary to one that is mixed, from which on picking rows pays
 LOADER = "tah_auto.py"
 LOADER_TEXT = '''"""Lets stock loaders find the classes of this checkpoint; needs the package `thinkswitch`."""
 
@@ -79,6 +80,13 @@ def _picked(values: Tensor, index: Tensor | None) -> Tensor:
     return values if index is None else values[index]
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Raise `ValueError` if a folder holds weights that are a pickle; a trainer's own settings are never read."""
+    pickles = sorted(path for path in folder.glob("*.bin") if path.name != "training_args.bin")
+    if pickles:
+        raise ValueError(f"tah: {pickles[0]} is a pickle, which runs code when read; use safetensors")
+
+
 class TaHForCausalLM(PreTrainedModel, GenerationMixin):
     """A backbone of the Qwen3/Llama family, a depth-specific adapter and a decider.
 
@@ -115,7 +123,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
             config.decider_expansion,
             config.decider_dropout,
         )
-        return decider.to(self._embedding.weight)
+        return decider.to(self._embedding.weight.device)
 
     def begin_decider(self, pos_weight: float, **settings: Any) -> None:
         """Start stage 2: a new decider as `settings` (of `TaHConfig`) say, and gradients for nothing else.
@@ -136,10 +144,8 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
 
     def added_parameters(self) -> int:
         """How many parameters the adapter and the decider add to the backbone."""
-        adapters = [m for m in self.modules() if isinstance(m, DepthLinear)]
-        return sum(m.A.numel() + m.B.numel() for m in adapters) + sum(
-            p.numel() for p in (self.decider.parameters() if self.decider is not None else ())
-        )
+        decider = self.decider.parameters() if self.decider is not None else ()
+        return sum(p.numel() for p in (*self._adapter(), *decider))
 
     # --- loading and saving ---
 
@@ -158,17 +164,28 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TaHForCausalLM:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint; keys of `TaHConfig` among the arguments (`threshold`, `decider`, …) replace its own.
 
         Raises:
             ValueError: the folder is no TaH checkpoint, or holds weights that are a pickle.
         """
-        folder = Path(str(pretrained_model_name_or_path))
-        pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
-        if pickles:
-            raise ValueError(f"tah: {folder / pickles[0]} is a pickle, which runs code when read; use safetensors")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True})
+        refuse_pickles(Path(str(pretrained_model_name_or_path)))
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "tah: quantized loading would leave the backbone whole and quantize the decider; remove it"
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.update(use_safetensors=True, output_loading_info=True)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, info = loaded
+        # Stock loading would go on with whatever was in memory.
+        if lost := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"tah: {pretrained_model_name_or_path} holds no {lost[0]}: the checkpoint and its settings do not "
+                "belong together"
+            )
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write weights (safetensors), config and the few lines by which stock loaders find the classes."""
@@ -176,8 +193,9 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
             "AutoConfig": f"{Path(LOADER).stem}.TaHConfig",
             "AutoModelForCausalLM": f"{Path(LOADER).stem}.TaHForCausalLM",
         }
-        super().save_pretrained(save_directory, *args, **kwargs)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / LOADER).write_text(LOADER_TEXT, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -192,7 +210,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         decoder = self.backbone.get_decoder()
         missing = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(decoder, name)]
         name = type(self.backbone).__name__
-        if not isinstance(self.backbone.get_input_embeddings(), nn.Embedding):
+        if type(self.backbone.get_input_embeddings()) is not nn.Embedding:
             raise ValueError(f"tah: {name} has no embedding layer where one is expected (get_input_embeddings)")
         if missing:
             raise ValueError(f"tah: {name} has no {missing[0]} where Qwen3 and Llama have them; use one of that family")
@@ -219,6 +237,14 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         """The backbone's."""
         return self.backbone.get_output_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The backbone's, as resizing the vocabulary asks."""
+        self.backbone.set_input_embeddings(value)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """The backbone's, as resizing the vocabulary asks."""
+        self.backbone.set_output_embeddings(value)
+
     def get_decoder(self) -> nn.Module:
         """The backbone's."""
         return self._decoder
@@ -242,7 +268,8 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
                 layer.register_forward_pre_hook(self._at_its_depth, with_kwargs=True)
 
     def _at_its_depth(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._switch.now = kwargs["duo"].depth
+        if "duo" in kwargs:
+            self._switch.now = kwargs["duo"].depth
 
     # --- forward ---
 
@@ -290,7 +317,8 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
             # A small model's decoding is bound by what each operation costs beside its work, and this saves a tenth.
             with torch.inference_mode():
                 output = self._read(*given, logits_to_keep, num_items_in_batch)
-            output["logits"] = output["logits"].clone()  # an ordinary tensor again
+            if output.logits is not None:
+                output["logits"] = output.logits.clone()  # an ordinary tensor again
         if use_cache:
             output["past_key_values"] = cache
         return output
@@ -327,6 +355,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         odds: Tensor | None = None
         targets = None if target_depth is None else target_depth.reshape(-1)
         losses: list[tuple[Tensor, Tensor]] = []
+        live_depth = 1
 
         for d in range(1, max_depth if policy != "never" else 1):
             top = None
@@ -334,7 +363,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
                 assert self.decider is not None
                 top = self._top(total, scores, live)
                 said = self.decider(states, top.values)
-                go = torch.sigmoid(said) > threshold
+                go = torch.sigmoid(said.float()) > threshold
                 if d == 1:
                     odds = said.detach()
                     if live is not None:
@@ -359,6 +388,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden, states = self._deeper(cache, d + 1, live, mixed, position_ids, start, reads)
                 total = total.index_add(0, live, hidden)
             depth[live] += 1
+            live_depth = d + 1
             if scores is not None:
                 scores[live] = self._head(total[live])[:, None]
 
@@ -368,13 +398,19 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if scores is not None:
             output["logits"] = scores
-        elif not (self.training and labels is not None):
+        elif not supervised and not (self.training and labels is not None):
             output["logits"] = self._head(total.view(size, length, -1)[:, -logits_to_keep:])
         if supervised:
             self._decider_loss(output, losses, num_items_in_batch)
         elif labels is not None:
             output["loss"] = self._token_loss(total.view(size, length, -1), labels, num_items_in_batch)
+            if self.training and max_depth > 1 and live_depth == 1:
+                # No token went deeper. Data-parallel training waits for every gradient, so the adapter's are zero.
+                output["loss"] = output["loss"] + 0.0 * torch.stack([p.sum() for p in self._adapter()]).sum()
         return output
+
+    def _adapter(self) -> list[nn.Parameter]:
+        return [p for m in self.modules() if isinstance(m, DepthLinear) for p in (m.A, m.B)]
 
     def _policy(self, target_depth: Tensor | None) -> str:
         if self.config.max_depth == 1:
@@ -471,8 +507,14 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
     def _mix(self, total: Tensor, top: _Top) -> Tensor:
         """The probability-weighted mean of the embeddings of the likeliest words, [N, H].
 
-        With a graph, only the top-k logits are made again for it: the head's other rows have no part in them.
+        With a graph, the top-k logits are made again for it. Of a large vocabulary only their rows are read, the others
+        having no part in them; of a small one products with all rows are faster than picking (and, in the backward
+        pass, adding up) rows.
         """
+        if torch.is_grad_enabled() and self._embedding.num_embeddings <= PICKED * self.config.mix_top_k:
+            logits = self._head(total).float()
+            kept = torch.full_like(logits, -torch.inf).scatter(1, top.words, logits.gather(1, top.words))
+            return torch.softmax(kept, dim=-1).to(total.dtype) @ self._embedding.weight
         words = self._embedding.weight[top.words]
         values = top.values
         if torch.is_grad_enabled():
@@ -492,8 +534,10 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
             return hidden.sum()
         chunk = max(1, LOGITS // self.config.text_config.vocab_size)
         options = LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None) if len(kept) > chunk else None
-        loss = F.linear_cross_entropy(hidden, self._head.weight, wanted[kept], reduction="sum", options=options)
-        return loss / (len(kept) if num_items is None else num_items)
+        # A sum in bfloat16 has two digits.
+        reduction = "sum" if hidden.dtype == torch.float32 else "none"
+        loss = F.linear_cross_entropy(hidden, self._head.weight, wanted[kept], reduction=reduction, options=options)
+        return loss.float().sum() / (len(kept) if num_items is None else num_items)
 
     def _decider_loss(
         self, output: TaHOutput, losses: list[tuple[Tensor, Tensor]], num_items: Tensor | int | None

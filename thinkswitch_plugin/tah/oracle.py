@@ -11,6 +11,7 @@ prompt above all, is easy.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,10 @@ def label(
             model.to(torch.accelerator.current_accelerator())
         verdicts = hard_tokens(model, rows, labels, tokens_at_once)
         folder.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".part")
+        # Several processes may ask at once; each writes the same, and whoever is last replaces it whole.
+        beside = file.with_suffix(f".{os.getpid()}")
         save_file({"hard": torch.cat(verdicts).to(torch.uint8)}, beside)
-        beside.rename(file)
+        beside.replace(file)
     tokens = sum(word != IGNORED for row in labels for word in row[1:])
     hard = int(sum(int(verdict.sum()) for verdict in verdicts))
     column = [(1 + (max_depth - 1) * verdict.long()).tolist() for verdict in verdicts]

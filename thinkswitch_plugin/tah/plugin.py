@@ -29,6 +29,10 @@ REFUSED = {
     "rl": "the stages are supervised; remove it",
     "load_in_4bit": "stage backbone trains the backbone itself; remove it",
     "load_in_8bit": "stage backbone trains the backbone itself; remove it",
+    "unfrozen_parameters": "the stage says what is trained; remove it",
+    "activation_offloading": "its checkpoints lose the gradient between depths; use gradient_checkpointing",
+    "inference": "what a stage leaves is a whole model; use lm_eval, or ts-loop think-map",
+    "merge_lora": "the adapter belongs to depths from 2 on and cannot be merged; use the checkpoint as it is",
     "streaming": "hard tokens are marked beforehand; remove it",
     "context_parallel_size": "deeper passes are not split over devices; remove it",
     "fsdp_config": "its wrapped layers cannot be run one by one; use plain data parallel training",
@@ -90,9 +94,12 @@ class TaHPlugin(BasePlugin):
 
         block = read_block(cfg.tah)
         if block.stage == "backbone":
-            model = TaHForCausalLM.from_backbone(model, **block.of_config)
+            reference = (
+                str(Path(str(block.reference)).resolve()) if Path(str(block.reference)).is_dir() else block.reference
+            )
+            model = TaHForCausalLM.from_backbone(model, **{**block.of_config, "reference": reference})
             model.requires_grad_(True)
-        elif not inference:
+        else:
             model.begin_decider(block.pos_weight, **block.of_config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         added, total = model.added_parameters(), sum(p.numel() for p in model.parameters())
@@ -128,7 +135,7 @@ def check_checkpoint(block: TaHBlock, base_model: str) -> None:
         if name and not Path(name).is_dir() and not may_be_hub_id(name):
             raise ValueError(f"tah: {key} {name}: no such folder, and not a hub id (owner/name) either")
     # Registers the kind with transformers' Auto classes, which Axolotl loads by.
-    import thinkswitch_plugin.tah.model  # noqa: F401
+    from thinkswitch_plugin.tah.model import refuse_pickles
 
     try:
         config = AutoConfig.from_pretrained(base_model)
@@ -138,19 +145,26 @@ def check_checkpoint(block: TaHBlock, base_model: str) -> None:
         if isinstance(config, TaHConfig):
             raise ValueError(f"tah: base_model {base_model} went through stage backbone already; use stage: decider")
         TaHConfig(text_config=config, **block.of_config)
+        theirs = AutoConfig.from_pretrained(str(block.reference)).get_text_config()
+        if theirs.vocab_size != config.get_text_config().vocab_size:
+            raise ValueError(
+                f"tah: the reference {block.reference} knows {theirs.vocab_size} words and {base_model} "
+                f"{config.get_text_config().vocab_size}: use one of the same family"
+            )
     else:
         if not isinstance(config, TaHConfig):
             raise ValueError(
                 f"tah: base_model {base_model} is a plain {config.model_type} checkpoint; stage decider starts from "
                 "what stage backbone left: name that recipe's output_dir"
             )
-        if not block.reference and not getattr(config, "reference", None):
-            raise ValueError(f"tah: {base_model} names no reference; say `reference:` in the recipe")
+        reference = block.reference or getattr(config, "reference", None)
+        if not reference or (not Path(reference).is_dir() and not may_be_hub_id(reference)):
+            raise ValueError(
+                f"tah: reference {reference}, of {base_model}, is not there; say `reference:` in the recipe"
+            )
         if config.max_depth == 1:
             raise ValueError(f"tah: base_model {base_model} has max_depth 1: there is nothing to decide")
-        pickles = sorted(Path(base_model).glob("*.bin")) if Path(base_model).is_dir() else []
-        if pickles:
-            raise ValueError(f"tah: {pickles[0]} is a pickle, which runs code when read; use safetensors")
+        refuse_pickles(Path(base_model))
         TaHConfig(**{**config.to_dict(), **block.of_config})
 
 

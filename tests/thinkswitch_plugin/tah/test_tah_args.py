@@ -57,6 +57,8 @@ def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any], lin
         ({"sample_packing": True}, "tah: sample_packing is set"),
         ({"load_in_4bit": True}, "tah: load_in_4bit is set"),
         ({"rl": "grpo"}, "tah: rl is set"),
+        ({"inference": True}, "use lm_eval, or ts-loop think-map"),
+        ({"merge_lora": True}, "cannot be merged"),
         ({"deepspeed": "zero3.json"}, "tah: deepspeed is set"),
         ({"adapter": "lora"}, "write `adapter: tah`"),
         ({"base_model": "nowhere/at/all"}, "base_model nowhere/at/all: no such folder"),
@@ -78,7 +80,7 @@ def test_what_does_not_go_together_is_refused_before_any_weight(
 
 
 def test_stage_decider_checks_its_checkpoint(recipes: Path, build: Callable[..., Any], tmp_path: Path) -> None:
-    model = build(decider="oracle", decider_hidden=[], decider_layers=[], reference="somewhere")
+    model = build(decider="oracle", decider_hidden=[], decider_layers=[], reference=str(recipes / "mini/instruct"))
     model.save_pretrained(tmp_path)
     good = recipe(recipes, DECIDER, base_model=str(tmp_path))
     TaHPlugin().register(dict(good))
