@@ -201,8 +201,8 @@ def side_by_side(wave: list[Stage], run: RunDir, tools: Tools, view: report.View
     threads = None if len(wave) == 1 else max(1, (os.cpu_count() or 1) // len(wave))
     failed = None
     with ThreadPoolExecutor(len(wave)) as pool:
-        begun = {pool.submit(perform, stage, run, tools, view, threads): stage for stage in wave}
         try:
+            begun = {pool.submit(perform, stage, run, tools, view, threads): stage for stage in wave}
             for ended in as_completed(begun):
                 try:
                     ended.result()

@@ -192,7 +192,9 @@ class Tools:
     def __enter__(self) -> Tools:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error:
+            self.stop()
         self.close()
 
 

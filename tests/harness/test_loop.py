@@ -6,13 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from datasets import load_from_disk
 
+from harness import loop as orchestrator
 from harness.rundir import digests
 
 TS_LOOP = str(Path(sys.executable).with_name("ts-loop"))
@@ -173,3 +178,20 @@ def test_a_broken_off_stage_is_done_again_with_the_same_outcome(
         assert (again / weights).read_bytes() == (folder / weights).read_bytes()
     rows, same = (json.loads((f / "results.json").read_text())["rows"] for f in (again, folder))
     assert rows == same
+
+
+def test_an_interrupt_while_stages_begin_ends_those_that_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = threading.Event()
+
+    class Interrupted(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            super().submit(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(orchestrator, "ThreadPoolExecutor", Interrupted)
+    monkeypatch.setattr(orchestrator, "perform", lambda *_: stopped.wait(60))
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(orchestrator.side_by_side([None], None, SimpleNamespace(stop=stopped.set), None))  # type: ignore
+    assert stopped.is_set()
+    assert time.monotonic() - begun < 30

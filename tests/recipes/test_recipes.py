@@ -187,6 +187,8 @@ def test_the_think_at_hard_recipes_pass_axolotl_s_own_validation(
     text.save_pretrained(tmp_path / "plain")
     for stage in ("backbone", "decider"):
         recipe = yaml.safe_load((checkout / f"recipes/qwen3_{size}/tah_{stage}.yml").read_text())
+        if stage == "backbone":
+            recipe["tah"]["reference"] = str(tmp_path / "plain")  # the hub's is not at hand
         block = read_block(recipe["tah"])
         if stage == "backbone":
             TaHConfig(text_config=text, **block.of_config).save_pretrained(tmp_path / "tah")
