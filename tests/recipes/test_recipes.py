@@ -74,7 +74,7 @@ def test_think_at_hard_alone(checkout: Path) -> None:
     assert "tokens (17.2%) are hard for recipes/mini/instruct" in said
     for stage in ("backbone", "decider"):
         said = native(checkout, "axolotl", "train", f"recipes/tah_{stage}.yml", "--launcher", "python")
-        assert "are hard for recipes/mini/instruct (kept from before)" in said
+        assert "mini/instruct (kept from before)" in said
     model = f"pretrained={checkout / 'runs/recipes/tah_decider'},trust_remote_code=True"
     said = native(
         checkout,
