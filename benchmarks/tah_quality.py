@@ -66,7 +66,7 @@ class Arms:
 
     def __init__(self, out: Path, tools: Tools, seed: int, base_steps: int, steps: int, rates: dict[str, float]):
         """Everything goes to `out`."""
-        self.out, self.tools, self.seed, self.steps, self.rates = out, tools, seed, steps, rates
+        self.out, self.tools, self.seed, self.rates = out, tools, seed, rates
         self.out.mkdir(parents=True, exist_ok=True)
         self.data = {"base": base_steps, "arms": steps, "decider": min(steps, DECIDER_STEPS)}
         for name, count in self.data.items():

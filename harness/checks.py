@@ -18,6 +18,7 @@ from harness.errors import LoopError
 from harness.rundir import read_json
 from thinkswitch_plugin.prompts import conversation, read_prompts
 from thinkswitch_plugin.recipe import may_be_hub_id
+from thinkswitch_plugin.tah.args import LOADER
 
 SHAPE_KEYS = (
     "model_type",
@@ -30,8 +31,7 @@ SHAPE_KEYS = (
     "head_dim",
     "tie_word_embeddings",
 )
-TAH_LOADER = "tah_auto.py"
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", TAH_LOADER]  # what is needed; never a pickle
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", LOADER]  # what is needed; never a pickle
 
 
 def local_checkpoint(name: str, role: str) -> Path:
@@ -91,10 +91,10 @@ def check_tah(folder: Path, role: str) -> None:
         LoopError: naming the code.
     """
     for file in sorted(folder.rglob("*.py")):
-        if file != folder / TAH_LOADER or not _only_imports(file):
+        if file != folder / LOADER or not _only_imports(file):
             raise LoopError(
                 f"--{role} {folder}: {file.relative_to(folder)} would run when it is loaded; a TaH checkpoint has one "
-                f"file of code, {TAH_LOADER}, that imports from thinkswitch_plugin.tah and nothing else"
+                f"file of code, {LOADER}, that imports from thinkswitch_plugin.tah and nothing else"
             )
     for file in sorted(folder.glob("*.json")):
         value = read_json(file)

@@ -188,12 +188,17 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
 HEADS = ("iteration", "checkpoint", "task", "correct", "accuracy", "95 % interval", "tokens", "closed", "change")
 
 
+def in_order(rows: list[Row]) -> list[Row]:
+    """Rows as they are shown: by task, checkpoint and iteration."""
+    return sorted(rows, key=lambda row: (row["task"], row["checkpoint"], row["iteration"]))
+
+
 def table(rows: list[Row], title: str = "scores") -> Table:
     """Iteration × checkpoint × task with intervals and the change from iteration 0, in points."""
     result = Table(title=title, title_justify="left")
     for head in HEADS:
         result.add_column(head, justify="left" if head in ("checkpoint", "task") else "right")
-    for row in sorted(rows, key=lambda r: (r["task"], r["checkpoint"], r["iteration"])):
+    for row in in_order(rows):
         cells = _cells(row, rows)
         if cells[-1]:
             cells[-1] = f"[{'green' if cells[-1][0] == '+' else 'red'}]{cells[-1]}[/]"
@@ -217,7 +222,7 @@ def pass_cells(rows: list[Row]) -> list[list[str]]:
             f"{row['flops_per_token'] / row['flops_per_token_single']:.2f}",
             f"{row['flops_per_token'] / row['flops_per_token_always']:.2f}",
         ]
-        for row in sorted(rows, key=lambda r: (r["task"], r["checkpoint"], r["iteration"]))
+        for row in in_order(rows)
         if row.get("mean_depth") is not None
     ]
 
@@ -291,7 +296,7 @@ def page(
     name: str, rows: list[Row], stages: list[dict[str, Any]], results: dict[str, Any], noted: dict[str, Any]
 ) -> str:
     """The run as one HTML page with nothing outside it."""
-    ordered = sorted(rows, key=lambda r: (r["task"], r["checkpoint"], r["iteration"]))
+    ordered = in_order(rows)
     legend = " ".join(f'<b style="color:{colour}">{who}</b>' for who, colour in COLOURS.items())
     cost = "" if results["cost_usd"] is None else f", {results['cost_usd']:.2f} US dollars"
     asked = noted.get("asked", {})

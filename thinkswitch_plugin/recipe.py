@@ -1,4 +1,4 @@
-"""What a recipe asks of a plugin, and a fingerprint of all that decides what its datasets become.
+"""What a recipe asks of a plugin, what every plugin refuses or sets in it, and a fingerprint of its datasets.
 
 Knows: the names a recipe uses, and which files a dataset entry reads. Leaves to others: Axolotl's hooks (`plugin` of
 each folder) and what a block's keys mean (`args`).
@@ -43,6 +43,50 @@ def may_be_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
+def is_there(name: str) -> bool:
+    """Say whether a checkpoint is a folder of this machine, or can be one of the hub."""
+    return Path(name).is_dir() or may_be_hub_id(name)
+
+
+def refuse(name: str, cfg: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+    """Refuse settings that do not go with a plugin.
+
+    Args:
+        name: the plugin's block.
+        cfg: the recipe.
+        refused: for each setting, why it does not go with it and what to do.
+
+    Raises:
+        ValueError: one is set; one line.
+    """
+    for key, why in refused.items():
+        if cfg.get(key) and (key, cfg[key]) != ("context_parallel_size", 1):
+            raise ValueError(f"{name}: {key} is set: {why}")
+
+
+def seed_adapter(cfg: Any, plugin: str) -> None:
+    """Set the seed of a recipe that lists the plugin: Axolotl draws an adapter's weights before its trainer does."""
+    if is_listed(cfg, plugin) and cfg.seed is not None:
+        from transformers import set_seed
+
+        set_seed(cfg.seed)
+
+
+def name_the_cpu(cfg: Any) -> None:
+    """Call a CPU one: Axolotl puts a process's rank where a distributed run's device belongs, which no CPU has."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        cfg.device_map = {"": "cpu"}
+
+
+def add_file(digest: Any, file: Path) -> None:
+    """Add a file's content to a digest of `hashlib`, a piece at a time."""
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+
+
 def is_listed(cfg: Mapping[str, Any], plugin: str) -> bool:
     """Say whether the recipe lists a plugin, by either of its import paths (`FOLDER.Name`, `FOLDER.plugin.Name`)."""
     folder, _, name = plugin.rpartition(".")
@@ -70,9 +114,7 @@ def fingerprint(entry: Mapping[str, Any], config: BaseModel, version: int) -> st
     digest = hashlib.sha256(f"{version}\n{config.model_dump_json()}\n".encode())
     for file in _files(entry):
         digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+        add_file(digest, file)
     return digest.hexdigest()
 
 

@@ -6,7 +6,9 @@ Axolotl is loaded when Axolotl asks for it by name: `OnPolicyKLPlugin` for `plug
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from thinkswitch_plugin.lazy import attributes
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLArgs, OnPolicyKLConfig
@@ -16,18 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["OnPolicyKLArgs", "OnPolicyKLConfig", "OnPolicyKLPlugin", "load", "token_loss"]
 
-_HEAVY = {
-    "OnPolicyKLArgs": "args",
-    "OnPolicyKLConfig": "args",
-    "OnPolicyKLPlugin": "plugin",
-    "load": "strategy",
-    "token_loss": "loss",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HEAVY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HEAVY[name]}"), name)
+__getattr__ = attributes(
+    __name__,
+    {
+        "OnPolicyKLArgs": "args",
+        "OnPolicyKLConfig": "args",
+        "OnPolicyKLPlugin": "plugin",
+        "load": "strategy",
+        "token_loss": "loss",
+    },
+)

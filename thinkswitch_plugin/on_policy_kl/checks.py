@@ -6,13 +6,12 @@ Knows configs and tokenizers. Each check raises `ValueError` with one line: what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
 from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
-from thinkswitch_plugin.recipe import may_be_hub_id
+from thinkswitch_plugin.recipe import is_there, refuse
 
 # What the rollouts rule out, and what to do about it.
 REFUSED = {
@@ -39,9 +38,7 @@ def check_recipe(cfg: Mapping[str, Any], entries: int, dataset_type: str) -> Non
     Raises:
         ValueError: a setting that does not go with rollouts, or a dataset of another type.
     """
-    for key, why in REFUSED.items():
-        if cfg.get(key) and (key, cfg[key]) != ("context_parallel_size", 1):
-            raise ValueError(f"on_policy_kl: {key} is set: {why}")
+    refuse("on_policy_kl", cfg, REFUSED)
     if cfg.get("val_set_size"):
         raise ValueError(f"on_policy_kl: val_set_size is set: {REFUSED['test_datasets']}")
     if entries != len(cfg.get("datasets") or []) or not entries:
@@ -61,7 +58,7 @@ def check_teacher(config: OnPolicyKLConfig, student: str) -> None:
     if config.teacher == SELF:
         return
     name = config.teacher
-    if not Path(name).is_dir() and not may_be_hub_id(name):
+    if not is_there(name):
         raise ValueError(f"on_policy_kl: teacher {name}: no such folder, and not a hub id (owner/name) either")
     try:
         theirs = AutoConfig.from_pretrained(name).get_text_config()

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
-from transformers import set_seed
 
 from thinkswitch_plugin.on_policy_kl.args import DATASET_TYPE, PLUGIN, read_block
 from thinkswitch_plugin.on_policy_kl.checks import check_recipe, check_teacher
-from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed
+from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, name_the_cpu, seed_adapter
 
 # Part of every fingerprint: raise it when the same rows come out differently, so that no prepared set outlives that.
 OUTCOME_VERSION = 1
@@ -51,20 +50,15 @@ class OnPolicyKLPlugin(BasePlugin):
         return "thinkswitch_plugin.on_policy_kl.args.OnPolicyKLArgs"
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
-        """Before anything is loaded: the teacher must fit, and a CPU must be called one.
-
-        Axolotl puts a process's rank where a distributed run's device belongs, which no CPU has.
-        """
+        """Before anything is loaded: the teacher must fit, and a CPU must be called one."""
         if not is_listed(cfg, PLUGIN):
             return
         check_teacher(read_block(cfg.on_policy_kl), str(cfg.base_model))
-        if not torch.accelerator.is_available():
-            cfg.device_map = {"": "cpu"}
+        name_the_cpu(cfg)
 
     def pre_lora_load(self, cfg: DictDefault, model: Any) -> None:
-        """Set the recipe's seed: Axolotl draws an adapter's first weights before its trainer does."""
-        if is_listed(cfg, PLUGIN) and cfg.seed is not None:
-            set_seed(cfg.seed)
+        """Set the recipe's seed before an adapter is drawn."""
+        seed_adapter(cfg, PLUGIN)
 
     def get_trainer_cls(self, cfg: DictDefault) -> type | None:
         """Axolotl's trainer with rollouts."""

@@ -6,7 +6,9 @@ model. Each is loaded when it is asked for by name.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from thinkswitch_plugin.lazy import attributes
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.tah.args import TaHArgs, TaHBlock
@@ -16,18 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["TaHArgs", "TaHBlock", "TaHConfig", "TaHForCausalLM", "TaHPlugin"]
 
-_HEAVY = {
-    "TaHArgs": "args",
-    "TaHBlock": "args",
-    "TaHConfig": "config",
-    "TaHForCausalLM": "model",
-    "TaHPlugin": "plugin",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HEAVY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HEAVY[name]}"), name)
+__getattr__ = attributes(
+    __name__,
+    {
+        "TaHArgs": "args",
+        "TaHBlock": "args",
+        "TaHConfig": "config",
+        "TaHForCausalLM": "model",
+        "TaHPlugin": "plugin",
+    },
+)

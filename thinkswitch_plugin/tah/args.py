@@ -15,6 +15,7 @@ from thinkswitch_plugin.recipe import checked
 
 PLUGIN = "thinkswitch_plugin.tah.TaHPlugin"
 ADAPTER = "tah"
+LOADER = "tah_auto.py"  # of a checkpoint: the one file of code there
 
 
 def _said(text: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from thinkswitch_plugin.tah.args import LOADER
 from thinkswitch_plugin.tah.attention import FAR, NAME, Pass, TaHCache
 from thinkswitch_plugin.tah.config import TaHConfig
 from thinkswitch_plugin.tah.decider import Decider
@@ -35,7 +36,6 @@ from thinkswitch_plugin.tah.lora import DepthLinear, add_adapters
 
 LOGITS = 40_000_000  # floats of logits at once where many tokens are looked at: 160 MB
 PICKED = 8  # words of the vocabulary to one that is mixed, from which on picking rows pays
-LOADER = "tah_auto.py"
 LOADER_TEXT = '''"""Lets stock loaders find the classes of this checkpoint; needs the package `thinkswitch`."""
 
 from thinkswitch_plugin.tah.config import TaHConfig
@@ -78,6 +78,11 @@ class _Top(NamedTuple):
 
 def _picked(values: Tensor, index: Tensor | None) -> Tensor:
     return values if index is None else values[index]
+
+
+def tokens_at_a_head(words: int) -> int:
+    """How many tokens are taken to logits over so many words at once."""
+    return max(1, LOGITS // words)
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -355,7 +360,6 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         odds: Tensor | None = None
         targets = None if target_depth is None else target_depth.reshape(-1)
         losses: list[tuple[Tensor, Tensor]] = []
-        live_depth = 1
 
         for d in range(1, max_depth if policy != "never" else 1):
             top = None
@@ -388,7 +392,6 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden, states = self._deeper(cache, d + 1, live, mixed, position_ids, start, reads)
                 total = total.index_add(0, live, hidden)
             depth[live] += 1
-            live_depth = d + 1
             if scores is not None:
                 scores[live] = self._head(total[live])[:, None]
 
@@ -404,7 +407,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
             self._decider_loss(output, losses, num_items_in_batch)
         elif labels is not None:
             output["loss"] = self._token_loss(total.view(size, length, -1), labels, num_items_in_batch)
-            if self.training and max_depth > 1 and live_depth == 1:
+            if self.training and max_depth > 1 and cache.deepest == 1:
                 # No token went deeper. Data-parallel training waits for every gradient, so the adapter's are zero.
                 output["loss"] = output["loss"] + 0.0 * torch.stack([p.sum() for p in self._adapter()]).sum()
         return output
@@ -500,7 +503,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         k = self.config.mix_top_k
         if scores is not None:
             return _Top(*_picked(scores[:, 0], live).topk(k))
-        chunk = max(1, LOGITS // self.config.text_config.vocab_size)
+        chunk = tokens_at_a_head(self.config.text_config.vocab_size)
         parts = [self._head(piece).topk(k) for piece in _picked(total, live).split(chunk)]
         return _Top(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
 
@@ -532,7 +535,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = total[:, :-1].reshape(len(wanted), -1)[kept]
         if len(kept) == 0:
             return hidden.sum()
-        chunk = max(1, LOGITS // self.config.text_config.vocab_size)
+        chunk = tokens_at_a_head(self.config.text_config.vocab_size)
         options = LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None) if len(kept) > chunk else None
         # A sum in bfloat16 has two digits.
         reduction = "sum" if hidden.dtype == torch.float32 else "none"

@@ -23,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from thinkswitch_plugin.recipe import add_file
+from thinkswitch_plugin.tah.model import tokens_at_a_head
+
 IGNORED = -100
-LOGITS = 40_000_000  # floats of logits at once: 160 MB
 
 
 def hard_tokens(
@@ -58,8 +60,8 @@ def hard_tokens(
         with torch.no_grad():
             hidden = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
             asked = (wanted != IGNORED).nonzero(as_tuple=True)
-            chunk = max(1, LOGITS // head.weight.shape[0])
-            said = [head(piece).argmax(-1).cpu() for piece in hidden[asked].split(chunk)]
+            pieces = hidden[asked].split(tokens_at_a_head(head.weight.shape[0]))
+            said = [head(piece).argmax(-1).cpu() for piece in pieces]
         hard = torch.zeros(len(batch), width, dtype=torch.bool)
         hard[asked] = (torch.cat(said) if said else wanted[asked]) != wanted[asked]
         for at, index in enumerate(batch):
@@ -126,9 +128,7 @@ def _fingerprint(rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]],
     folder = Path(reference)
     if folder.is_dir():
         for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
+            add_file(digest, file)
     else:
         digest.update(reference.encode())
     for part in (rows, labels):

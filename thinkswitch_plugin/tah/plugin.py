@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from transformers import AutoConfig, set_seed
+from transformers import AutoConfig
 
-from thinkswitch_plugin.recipe import is_listed, may_be_hub_id
+from thinkswitch_plugin.recipe import is_listed, is_there, name_the_cpu, refuse, seed_adapter
 from thinkswitch_plugin.tah.args import ADAPTER, PLUGIN, TaHBlock, read_block
 from thinkswitch_plugin.tah.config import TaHConfig
 
@@ -59,9 +58,7 @@ class TaHPlugin(BasePlugin):
         block = read_block(cfg.get("tah"))
         if cfg.get("adapter") != ADAPTER:
             raise ValueError(f"tah: adapter is {cfg.get('adapter')!r}; write `adapter: {ADAPTER}`")
-        for key, why in REFUSED.items():
-            if cfg.get(key) and (key, cfg[key]) != ("context_parallel_size", 1):
-                raise ValueError(f"tah: {key} is set: {why}")
+        refuse(ADAPTER, cfg, REFUSED)
         check_checkpoint(block, str(cfg.get("base_model")))
         # Layers are run one by one, and their linear layers are wrapped: kernels that replace either would not be used.
         for kernel in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
@@ -80,9 +77,8 @@ class TaHPlugin(BasePlugin):
         return labelled(cfg) if is_listed(cfg, PLUGIN) else None
 
     def pre_lora_load(self, cfg: DictDefault, model: Any) -> None:
-        """Set the recipe's seed: the adapter's and the decider's first weights are drawn before the trainer sets it."""
-        if is_listed(cfg, PLUGIN) and cfg.seed is not None:
-            set_seed(cfg.seed)
+        """Set the recipe's seed before the adapter and the decider are drawn."""
+        seed_adapter(cfg, PLUGIN)
 
     def load_adapter(
         self, model: Any, cfg: DictDefault, inference: bool = False, config_only: bool = False
@@ -94,10 +90,10 @@ class TaHPlugin(BasePlugin):
 
         block = read_block(cfg.tah)
         if block.stage == "backbone":
-            reference = (
-                str(Path(str(block.reference)).resolve()) if Path(str(block.reference)).is_dir() else block.reference
-            )
-            model = TaHForCausalLM.from_backbone(model, **{**block.of_config, "reference": reference})
+            settings = block.of_config
+            if Path(settings["reference"]).is_dir():  # stage decider may run elsewhere
+                settings["reference"] = str(Path(settings["reference"]).resolve())
+            model = TaHForCausalLM.from_backbone(model, **settings)
             model.requires_grad_(True)
         else:
             model.begin_decider(block.pos_weight, **block.of_config)
@@ -132,7 +128,7 @@ def check_checkpoint(block: TaHBlock, base_model: str) -> None:
         ValueError: it is missing, of the wrong kind for the stage, or does not fit the block; one line.
     """
     for key, name in (("base_model", base_model), ("tah.reference", block.reference)):
-        if name and not Path(name).is_dir() and not may_be_hub_id(name):
+        if name and not is_there(name):
             raise ValueError(f"tah: {key} {name}: no such folder, and not a hub id (owner/name) either")
     # Registers the kind with transformers' Auto classes, which Axolotl loads by.
     from thinkswitch_plugin.tah.model import refuse_pickles
@@ -158,7 +154,7 @@ def check_checkpoint(block: TaHBlock, base_model: str) -> None:
                 "what stage backbone left: name that recipe's output_dir"
             )
         reference = block.reference or getattr(config, "reference", None)
-        if not reference or (not Path(reference).is_dir() and not may_be_hub_id(reference)):
+        if not reference or not is_there(reference):
             raise ValueError(
                 f"tah: reference {reference}, of {base_model}, is not there; say `reference:` in the recipe"
             )
@@ -184,8 +180,7 @@ def labelled(cfg: Mapping[str, Any]) -> TrainDatasetMeta:
         config: Any = AutoConfig.from_pretrained(cfg["base_model"])
         reference, max_depth = block.reference or config.reference, config.max_depth
     assert reference
-    if not torch.accelerator.is_available():
-        cfg["device_map"] = {"": "cpu"}  # type: ignore[index]  # Axolotl puts a rank there, which no CPU has
+    name_the_cpu(cfg)
     meta = load_datasets(cfg=cfg)
     folder = Path(cfg.get("dataset_prepared_path") or "last_run_prepared") / "tah_labels"
     for name in ("train_dataset", "eval_dataset"):

@@ -21,7 +21,7 @@ class TaHTrainer(AxolotlTrainer):
         super().__init__(*args, **kwargs)
         # Axolotl looks for `num_items_in_batch` in the decoder's signature; it is the whole model that reads it.
         self.model_accepts_loss_kwargs = True
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}  # on the device: reading one waits for it, so that is done to log
 
     def compute_loss(
         self,
@@ -40,15 +40,15 @@ class TaHTrainer(AxolotlTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add(self, name: str, value: Tensor, count: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._sums[f"{name}_of"] = self._sums.get(f"{name}_of", 0.0) + float(count)
+        for key, new in ((name, value), (f"{name}_of", count)):
+            self._sums[key] = self._sums[key] + new if key in self._sums else new.detach()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what was gathered since the last log."""
         if "loss" in logs:
-            if self._sums.get("depth_of"):
-                logs["mean_depth"] = round(self._sums["depth"] / self._sums["depth_of"], 4)
-            if self._sums.get("right_of"):
-                logs["decider_accuracy"] = round(self._sums["right"] / self._sums["right_of"], 4)
+            sums = {key: float(value) for key, value in self._sums.items()}
+            for shown, key in (("mean_depth", "depth"), ("decider_accuracy", "right")):
+                if sums.get(f"{key}_of"):
+                    logs[shown] = round(sums[key] / sums[f"{key}_of"], 4)
             self._sums = {}
         super().log(logs, *args, **kwargs)

@@ -7,8 +7,9 @@ asks for it by name: `TraceStrippingPlugin` for `plugins:` and `load` for a data
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from thinkswitch_plugin.lazy import attributes
 from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS, Trace, split_trace, template_opens_trace
 
 if TYPE_CHECKING:
@@ -27,17 +28,12 @@ __all__ = [
     "template_opens_trace",
 ]
 
-_HEAVY = {
-    "TraceStrippingArgs": "args",
-    "TraceStrippingConfig": "args",
-    "TraceStrippingPlugin": "plugin",
-    "load": "strategy",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HEAVY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HEAVY[name]}"), name)
+__getattr__ = attributes(
+    __name__,
+    {
+        "TraceStrippingArgs": "args",
+        "TraceStrippingConfig": "args",
+        "TraceStrippingPlugin": "plugin",
+        "load": "strategy",
+    },
+)

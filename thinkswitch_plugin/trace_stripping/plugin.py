@@ -17,9 +17,8 @@ from typing import Any
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
-from transformers import set_seed
 
-from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed
+from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, seed_adapter
 from thinkswitch_plugin.trace_stripping.args import DATASET_TYPE, PLUGIN, read_block
 from thinkswitch_plugin.trace_stripping.report import PREFIX
 from thinkswitch_plugin.trace_stripping.strategy import LOG
@@ -58,9 +57,8 @@ class TraceStrippingPlugin(BasePlugin):
         return "thinkswitch_plugin.trace_stripping.args.TraceStrippingArgs"
 
     def pre_lora_load(self, cfg: DictDefault, model: Any) -> None:
-        """Set the recipe's seed: Axolotl draws an adapter's first weights before its trainer does."""
-        if is_listed(cfg, PLUGIN) and cfg.seed is not None:
-            set_seed(cfg.seed)
+        """Set the recipe's seed before an adapter is drawn."""
+        seed_adapter(cfg, PLUGIN)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         """Show the counts of a training set that an earlier command prepared.
