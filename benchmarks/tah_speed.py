@@ -30,6 +30,7 @@ from thinkswitch_plugin.tah import TaHForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = 16
+SHARES = (0.0, 0.06, 0.25, 1.0)
 SMALL = {"decider_layers": [1, 2, 3], "decider_hidden": [64, 64]}
 BIG = {
     "hidden_size": 1024,
@@ -159,19 +160,44 @@ def training_step(reference: Reference, scratch: Path, runs: int) -> dict[str, f
     }
 
 
+class Every:
+    """A hook on the decider, which is computed as ever: of the tokens it is asked about, a share continues, evenly."""
+
+    def __init__(self, share: float):
+        self.share, self.seen, self.sent = share, 0, 0
+
+    def __call__(self, decider: Any, given: Any, odds: Tensor) -> Tensor:
+        """Log-odds of +-100 instead of `odds`, [N]."""
+        until = ((self.seen + torch.arange(len(odds) + 1)) * self.share).round().long()
+        self.seen, self.sent = self.seen + len(odds), int(until[-1])
+        return (until.diff() * 200.0 - 100.0).to(odds)
+
+
 @torch.no_grad()
 def cost_by_share(scratch: Path, tokens: int, runs: int) -> dict[str, list[float]]:
     """Our time over the backbone's at batch 1, by the share of tokens that continue, and the plot."""
     model = random_checkpoint(scratch / "cost", shape=BIG, **BIG_TAH)
     plain = plain_of(model)
     ids = torch.randint(1, BIG["vocab_size"], (1, PROMPT))
-    shares, times = [], []
-    backbone = best(lambda: greedy(plain, ids, tokens), runs)
-    for asked in (0.0, 0.06, 0.25, 1.0):
-        model.config.decider = "always" if asked == 1.0 else "learned"
-        shares.append(1.0 if asked == 1.0 else at_share(model, ids, tokens, asked))
-        times.append(best(lambda: greedy(model, ids, tokens), runs))
-    backbone = min(backbone, best(lambda: greedy(plain, ids, tokens), runs))
+    assert model.decider is not None
+
+    def seconds(run: Any) -> float:
+        begun = time.perf_counter()
+        greedy(run, ids, tokens)
+        return time.perf_counter() - begun
+
+    rounds, shares = [], list(SHARES)
+    for _ in range(runs + 1):
+        # In turn, so that a slow minute of the machine is everybody's.
+        row = [seconds(plain)]
+        for at, share in enumerate(SHARES):
+            every = Every(share)
+            hook = model.decider.register_forward_hook(every)
+            row.append(seconds(model))
+            hook.remove()
+            shares[at] = every.sent / every.seen
+        rounds.append(row)
+    backbone, *times = (min(column) for column in zip(*rounds[1:], strict=True))
     found = {"share": [round(s, 3) for s in shares], "over_backbone": [round(t / backbone, 3) for t in times]}
     draw(found)
     return found
@@ -213,9 +239,9 @@ def main() -> None:
         if "step" in asked.only:
             found["training_step"] = training_step(reference, scratch, asked.runs)
         if "big" in asked.only:
-            found["decode_0.6b"] = decoding(reference, scratch, 1, 32, 2, BIG, BIG_TAH)
+            found["decode_0.6b"] = decoding(reference, scratch, 1, 64, 2, BIG, BIG_TAH)
         if "cost" in asked.only:
-            found["cost_by_share"] = cost_by_share(scratch, 24, 2)
+            found["cost_by_share"] = cost_by_share(scratch, 34, 5)
     print(json.dumps(found))
 
 
