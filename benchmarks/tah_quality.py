@@ -132,6 +132,7 @@ class Arms:
 def score(reference: str, arms: dict[str, str], file: str) -> None:
     """In a child: exact match and passes of every arm, to `file`."""
     import torch
+    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import thinkswitch_plugin.tah.model  # noqa: F401  (registers the class)
@@ -149,7 +150,11 @@ def score(reference: str, arms: dict[str, str], file: str) -> None:
     padded = torch.tensor([row + [0] * (width - len(row)) for row in ids])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
     wanted = torch.tensor([row[1:] + [-100] * (width - len(row) + 1) for row in labels])
-    oracle = hard_tokens(AutoModelForCausalLM.from_pretrained(reference).eval(), ids, labels, 8192)
+    oracle = hard_tokens(
+        AutoModelForCausalLM.from_pretrained(reference).eval(),
+        Dataset.from_dict({"input_ids": ids, "labels": labels}),
+        8192,
+    )
     depth = torch.ones_like(padded)
     for at, verdict in enumerate(oracle):
         depth[at, : len(verdict)] += verdict.long()

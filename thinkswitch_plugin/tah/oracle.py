@@ -16,12 +16,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from thinkswitch_plugin.recipe import add_file
 from thinkswitch_plugin.tah.model import tokens_at_a_head
@@ -29,33 +32,33 @@ from thinkswitch_plugin.tah.model import tokens_at_a_head
 IGNORED = -100
 
 
-def hard_tokens(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], tokens_at_once: int
-) -> list[Tensor]:
+def hard_tokens(model: PreTrainedModel, dataset: Dataset, tokens_at_once: int) -> list[Tensor]:
     """Ask the reference for every row, those of like lengths together.
 
     Args:
         model: the reference.
-        rows: token ids.
-        labels: as long as its row; -100 where a token carries no loss.
+        dataset: with columns `input_ids` and `labels`, equally long in a row; a label is -100 where a token carries
+            no loss. Rows are read as they are needed.
         tokens_at_once: how many tokens a batch may have, padding included; one row at least.
 
     Returns:
         bool [length of the row] each.
     """
-    verdicts: list[Tensor] = [torch.empty(0)] * len(rows)
+    verdicts: list[Tensor] = [torch.empty(0)] * len(dataset)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    batches = list(_batches([len(row) for row in rows], tokens_at_once))
+    lengths = _lengths(dataset)
+    batches = list(_batches(lengths, tokens_at_once))
+    readable = _readable(dataset)
     for batch in track(batches, description="hard tokens", disable=len(batches) < 8, transient=True):
-        width = max(len(rows[index]) for index in batch)
+        width = max(lengths[index] for index in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
         wanted = torch.full((len(batch), width), IGNORED)
         mask = torch.zeros(len(batch), width, dtype=torch.int64)
-        for at, index in enumerate(batch):
-            length = len(rows[index])
-            ids[at, :length] = torch.as_tensor(rows[index])
-            wanted[at, : length - 1] = torch.as_tensor(labels[index])[1:]
-            mask[at, :length] = 1
+        rows = readable[batch]
+        for at, (row, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
+            ids[at, : len(row)] = torch.tensor(row)
+            wanted[at, : len(row) - 1] = torch.tensor(labels[1:])
+            mask[at, : len(row)] = 1
         device = model.device
         with torch.no_grad():
             hidden = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
@@ -65,8 +68,18 @@ def hard_tokens(
         hard = torch.zeros(len(batch), width, dtype=torch.bool)
         hard[asked] = (torch.cat(said) if said else wanted[asked]) != wanted[asked]
         for at, index in enumerate(batch):
-            verdicts[index] = hard[at, : len(rows[index])]
+            verdicts[index] = hard[at, : lengths[index]].clone()
     return verdicts
+
+
+def _readable(dataset: Dataset) -> Dataset:
+    """The two columns, read from disk a batch at a time, as arrays: lists take forty bytes a token."""
+    return dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
+
+
+def _lengths(dataset: Dataset) -> list[int]:
+    parts = dataset.select_columns(["input_ids"]).with_format("arrow").iter(1000)
+    return [length.as_py() for part in parts for length in pc.list_value_length(part["input_ids"])]
 
 
 def _batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
@@ -98,43 +111,46 @@ def label(
     Returns:
         The dataset, and `tokens` that carry a loss, `hard` ones among them, their `share`, and `cached` (0 or 1).
     """
-    plain = dataset.with_format(None)
-    rows, labels = plain["input_ids"][:], plain["labels"][:]
-    file = folder / f"{_fingerprint(rows, labels, reference)}.safetensors"
+    digest, tokens = _read(dataset, reference)
+    file = folder / f"{digest}.safetensors"
     cached = file.exists()
     if cached:
         flat = load_file(file)["hard"].bool()
-        verdicts = list(flat.split([len(row) for row in rows]))
     else:
         model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", use_safetensors=True).eval()
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
-        verdicts = hard_tokens(model, rows, labels, tokens_at_once)
+        flat = torch.cat([torch.empty(0, dtype=torch.bool), *hard_tokens(model, dataset, tokens_at_once)])
         folder.mkdir(parents=True, exist_ok=True)
         # Several processes may ask at once; each writes the same, and whoever is last replaces it whole.
         beside = file.with_suffix(f".{os.getpid()}")
-        save_file({"hard": torch.cat(verdicts).to(torch.uint8)}, beside)
+        save_file({"hard": flat.to(torch.uint8)}, beside)
         beside.replace(file)
-    tokens = sum(word != IGNORED for row in labels for word in row[1:])
-    hard = int(sum(int(verdict.sum()) for verdict in verdicts))
-    column = [(1 + (max_depth - 1) * verdict.long()).tolist() for verdict in verdicts]
+    hard = int(flat.sum())
+    depths = pa.array((1 + (max_depth - 1) * flat.short()).numpy())
+    offsets = np.concatenate([[0], np.cumsum(_lengths(dataset), dtype=np.int64)])
+    column: Any = pa.LargeListArray.from_arrays(pa.array(offsets), depths)
     share = hard / tokens if tokens else 0.0
     labelled = dataset.add_column("target_depth", column)
     return labelled, {"tokens": tokens, "hard": hard, "share": share, "cached": int(cached)}
 
 
-def _fingerprint(rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], reference: str) -> str:
-    digest = hashlib.sha256(b"1\n")
+def _read(dataset: Dataset, reference: str) -> tuple[str, int]:
+    """A hash of the rows and the reference, and how many tokens carry a loss."""
+    digest = hashlib.sha256(b"2\n")
     folder = Path(reference)
     if folder.is_dir():
         for file in sorted(folder.glob("*.safetensors")):
             add_file(digest, file)
     else:
-        digest.update(reference.encode())
-    for part in (rows, labels):
-        for row in part:
-            digest.update(torch.tensor(row, dtype=torch.int64).numpy().tobytes() + b"\n")
-    return digest.hexdigest()
+        commit = getattr(AutoConfig.from_pretrained(reference), "_commit_hash", None)
+        digest.update(f"{reference}@{commit}".encode())
+    tokens = 0
+    for part in _readable(dataset).iter(1000):
+        for ids, labels in zip(part["input_ids"], part["labels"], strict=True):
+            digest.update(b"\n%d\n" % len(ids) + ids.tobytes() + labels.tobytes())
+            tokens += int((labels[1:] != IGNORED).sum())
+    return digest.hexdigest(), tokens
 
 
 def collate(tokenizer: Any, **kwargs: Any) -> Any:

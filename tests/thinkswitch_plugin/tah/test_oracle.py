@@ -27,7 +27,7 @@ def test_batches_of_any_size_say_what_single_rows_say(lengths: list[int], at_onc
     torch.manual_seed(seed)
     rows = [torch.randint(1, 61, (length,)).tolist() for length in lengths]
     labels = [[-100 if torch.rand(()) < 0.4 else word for word in row] for row in rows]
-    verdicts = oracle.hard_tokens(REFERENCE, rows, labels, at_once)
+    verdicts = oracle.hard_tokens(REFERENCE, Dataset.from_dict({"input_ids": rows, "labels": labels}), at_once)
     for row, label, verdict in zip(rows, labels, verdicts, strict=True):
         with torch.no_grad():
             said = REFERENCE(torch.tensor([row])).logits[0].argmax(-1)
@@ -69,6 +69,15 @@ def test_labels_are_kept_and_asked_for_once(dataset: Dataset, tmp_path: Path, mo
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(AssertionError, match="asked again"):  # other weights
         oracle.label(dataset, str(reference), 3, 100, tmp_path / "kept")
+
+
+def test_rows_in_another_order_keep_their_labels(dataset: Dataset, tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    REFERENCE.save_pretrained(reference)
+    straight, _ = oracle.label(dataset, str(reference), 2, 100, tmp_path / "kept")
+    turned, _ = oracle.label(dataset.select([2, 0]), str(reference), 2, 100, tmp_path / "kept")
+    assert turned["target_depth"][:] == [straight["target_depth"][2], straight["target_depth"][0]]
+    assert turned["input_ids"][:] == [dataset["input_ids"][2], dataset["input_ids"][0]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
