@@ -4,14 +4,13 @@
 
 The domain is `a*b+c` with two-digit a and c, answered at once: the answer repeats the problem and gives the number,
 whose digits each depend on several steps. From the embedded instruct checkpoint, a backbone is trained until it is
-right about a third of the time; it is the start of every arm and the oracle's reference. Then, on rows drawn anew (a
-problem may have come before; test problems never did), with the same updates (`axolotl train` on the shipped recipes,
-changed where it is said below):
+right about a fifth of the time; it is the start of every arm and the oracle's reference. Then, on problems it has never
+seen and with the same updates (`axolotl train` on the shipped recipes, changed where it is said below):
 
     single    the backbone alone, supervised
     always    every token twice           (tah_backbone.yml, policy: always)
     oracle    hard tokens twice           (tah_backbone.yml), scored with the oracle's labels
-    learned   the same weights after tah_decider.yml, scored with the decider
+    learned   the same weights after as many updates of tah_decider.yml, scored with the decider
 
 Scores are exact matches on held-out problems, each prediction read after the right words before it, which is right
 exactly where greedy decoding is. The number of passes is counted over the answer's tokens. Two seeds run side by side;
@@ -22,10 +21,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,7 @@ from mini_lab import INSTRUCT, RECIPES, mean_and_interval
 from harness.tools import Tools
 
 BATCH, TEST = 64, 1000
-DECIDER_STEPS, DECIDER = 300, {"threshold": 0.7}  # of 0.3 to 0.95, the best on training problems of two seeds
-
-
-def problem(rng: random.Random) -> tuple[str, str]:
-    """A question and its answer."""
-    a, b, c = rng.randint(10, 99), rng.randint(2, 19), rng.randint(10, 99)
-    return f"Compute {a}*{b}+{c}.", f"{a}*{b}+{c}=\\boxed{{{a * b + c}}}"
+DECIDER = {"threshold": 0.7}  # of 0.3 to 0.95, the best on training problems of two seeds
 
 
 def is_test(question: str) -> bool:
@@ -49,15 +44,16 @@ def is_test(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] < 13
 
 
-def rows(seed: int, count: int, test: bool = False) -> list[dict[str, Any]]:
-    """Conversations; problems may come twice, but never both here and in the other split."""
-    rng = random.Random(f"tah_quality/{seed}/{test}")
-    found: list[dict[str, Any]] = []
-    while len(found) < count:
-        question, answer = problem(rng)
+@cache
+def problems(seed: int, test: bool) -> list[dict[str, Any]]:
+    """Every problem of a split, once, in an order of the seed's own; as conversations."""
+    found = []
+    for a, b, c in itertools.product(range(10, 100), range(2, 20), range(10, 100)):
+        question, answer = f"Compute {a}*{b}+{c}.", f"{a}*{b}+{c}=\\boxed{{{a * b + c}}}"
         if is_test(question) == test:
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             found.append({"messages": turns})
+    random.Random(f"tah_quality/{seed}/{test}").shuffle(found)
     return found
 
 
@@ -68,12 +64,16 @@ class Arms:
         """Everything goes to `out`."""
         self.out, self.tools, self.seed, self.rates = out, tools, seed, rates
         self.out.mkdir(parents=True, exist_ok=True)
-        self.data = {"base": base_steps, "arms": steps, "decider": min(steps, DECIDER_STEPS)}
+        self.data = {"base": base_steps, "arms": steps}
+        every, first = problems(seed, test=False), BATCH * base_steps
+        if len(every) < first + BATCH * steps:
+            raise SystemExit(
+                f"{len(every):,} problems are too few for {base_steps} and {steps} updates of {BATCH} each"
+            )
         for name, count in self.data.items():
-            file = self.out / f"{name}.jsonl"
-            if not file.exists():  # the decider's rows are the first of the arms'
-                lines = [json.dumps(row) for row in rows(2 * seed + (name != "base"), BATCH * count)]
-                file.write_text("\n".join(lines) + "\n")
+            begin = 0 if name == "base" else first
+            lines = [json.dumps(row) + "\n" for row in every[begin : begin + BATCH * count]]
+            (self.out / f"{name}.jsonl").write_text("".join(lines))
 
     def train(self, name: str, recipe: str, start: Path, data: str, rate: float, **changes: Any) -> Path:
         """`axolotl train` on a shipped recipe; the checkpoint it leaves."""
@@ -115,11 +115,11 @@ class Arms:
         plain = {"adapter": None}
         base = self.train("base_model", "tah_backbone", INSTRUCT, "base", self.rates["base"], **plain)
         single = self.train("single", "tah_backbone", base, "arms", self.rates["arms"], **plain)
-        # The adapter has a rank for this width, and no dropout on rows that are drawn anew.
+        # The adapter has a rank for this width, and no dropout on rows that come once.
         tah = {"reference": str(base), "lora_dropout": 0.0}
         oracle = self.train("oracle", "tah_backbone", base, "arms", self.rates["arms"], tah=tah)
         always = self.train("always", "tah_backbone", base, "arms", self.rates["arms"], tah={**tah, "policy": "always"})
-        learned = self.train("learned", "tah_decider", oracle, "decider", self.rates["decider"], tah=DECIDER)
+        learned = self.train("learned", "tah_decider", oracle, "arms", self.rates["decider"], tah=DECIDER)
         arms = {"base": base, "single": single, "always": always, "oracle": oracle, "learned": learned}
         found = self.out / "scores.json"
         if not found.exists():
@@ -140,7 +140,7 @@ def score(reference: str, arms: dict[str, str], file: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(reference)
     ids, labels = [], []
-    for row in rows(0, TEST, test=True):
+    for row in problems(0, test=True)[:TEST]:
         turns = row["messages"]
         prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
         answer = [*tokenizer.encode(turns[1]["content"], add_special_tokens=False), tokenizer.eos_token_id]
