@@ -38,6 +38,10 @@ REFUSED = {
     "deepspeed": "its hooks expect one pass; use plain data parallel training",
     "cut_cross_entropy": "the loss is made from several depths; remove it",
     "liger_fused_linear_cross_entropy": "the loss is made from several depths; remove it",
+    **dict.fromkeys(
+        ("flash_attention", "flex_attention", "xformers_attention", "sage_attention", "eager_attention"),
+        "duo-causal attention has no such kernel here; use attn_implementation: sdpa",
+    ),
 }
 
 
@@ -59,6 +63,9 @@ class TaHPlugin(BasePlugin):
         if cfg.get("adapter") != ADAPTER:
             raise ValueError(f"tah: adapter is {cfg.get('adapter')!r}; write `adapter: {ADAPTER}`")
         refuse(ADAPTER, cfg, REFUSED)
+        if cfg.get("attn_implementation") not in (None, "sdpa"):
+            why = REFUSED["flash_attention"]
+            raise ValueError(f"tah: attn_implementation is {cfg['attn_implementation']}: {why} or leave it out")
         check_checkpoint(block, str(cfg.get("base_model")))
         # Layers are run one by one, and their linear layers are wrapped: kernels that replace either would not be used.
         for kernel in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):

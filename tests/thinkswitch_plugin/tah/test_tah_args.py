@@ -57,6 +57,8 @@ def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any], lin
         ({"sample_packing": True}, "tah: sample_packing is set"),
         ({"load_in_4bit": True}, "tah: load_in_4bit is set"),
         ({"rl": "grpo"}, "tah: rl is set"),
+        ({"flash_attention": True}, "tah: flash_attention is set"),
+        ({"attn_implementation": "flex_attention"}, "attn_implementation is flex_attention"),
         ({"inference": True}, "use lm_eval, or ts-loop think-map"),
         ({"merge_lora": True}, "cannot be merged"),
         ({"deepspeed": "zero3.json"}, "tah: deepspeed is set"),

@@ -21,7 +21,12 @@ Said = subprocess.CompletedProcess[str]
 
 
 def command(*words: Any, ok: bool = True, cwd: Path | None = None) -> Said:
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     said = subprocess.run(
         [BIN / words[0], *map(str, words[1:])],
         capture_output=True,
@@ -64,8 +69,9 @@ def recipe(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return write
 
 
-def train(file: Path, ok: bool = True) -> tuple[Said, Path]:
-    said = command("axolotl", "train", file, "--launcher", "python", ok=ok)
+def train(file: Path, ok: bool = True, processes: int = 1) -> tuple[Said, Path]:
+    launcher = ["torchrun", "--", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
+    said = command("axolotl", "train", file, "--launcher", *launcher, ok=ok)
     return said, Path(yaml.safe_load(file.read_text())["output_dir"])
 
 
@@ -116,15 +122,27 @@ def test_stage_two_trains_the_decider_alone_and_lm_eval_scores_it(
         assert "exact_match,none" in json.loads(file.read_text())["results"]["mini_math"]
 
 
-def test_accumulation_checkpointing_and_padding_train_as_one_batch_does(
+def test_accumulation_checkpointing_padding_and_two_processes_train_as_one_batch_does(
     recipe: Callable[..., Path], recipes: Path
 ) -> None:
     # Adam would turn rounding errors of vanishing gradients into whole steps, and dropout is drawn anew.
-    same = {"optimizer": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0, "block": {"lora_dropout": 0.0}}
+    # One step: later ones read other rows in two processes, as Axolotl's do.
+    same = {
+        "optimizer": "sgd",
+        "learning_rate": 0.01,
+        "max_grad_norm": 0.0,
+        "max_steps": 1,
+        "block": {"lora_dropout": 0.0},
+    }
     folders = [
         train(recipe("backbone", "whole", **same))[1],
         train(recipe("backbone", "parts", **same, micro_batch_size=4, gradient_accumulation_steps=4))[1],
         train(recipe("backbone", "again", **same, gradient_checkpointing=True, pad_to_sequence_len=True))[1],
+        # Single rows, of which some have no hard token.
+        train(
+            recipe("backbone", "two", **same, micro_batch_size=1, gradient_accumulation_steps=8),
+            processes=2,
+        )[1],
     ]
     before = load_file(recipes / "mini/instruct/model.safetensors")
     whole, *others = (load_file(folder / "model.safetensors") for folder in folders)
