@@ -1,6 +1,8 @@
-"""How many updates and prompts each way of teaching the instruct checkpoint needs, on `mini_math`, over several seeds.
+r"""How many updates and prompts each way of teaching the instruct checkpoint needs, on `mini_math`, over several seeds.
 
     python benchmarks/on_policy_sample_efficiency.py [--seeds 3 --updates 150 --prompts 1200 --out FOLDER]
+    python benchmarks/on_policy_sample_efficiency.py --methods answer_only,on_policy_jsd --updates 16 --rate 1.4e-3 \
+        --warmup 8
 
     answer_only      the thinking checkpoint's answers, traces removed (instruct_distill.yml)
     on_policy_plain  reverse KL on the student's rollouts; the thinking checkpoint judges, on the student's prompt
@@ -78,7 +80,7 @@ def first_prompts(labels: Path, count: int) -> Path:
 
 def curve(lab: Lab, method: str, updates: int, prompts: int, seed: int, **changes: Any) -> dict[int, float]:
     """Held-out accuracy by update of one run."""
-    name = f"{method}_{prompts}_{seed}" + "".join(f"_{key}_{value}" for key, value in changes.items())
+    name = f"{method}_{prompts}_{updates}_{seed}" + "".join(f"_{key}_{value}" for key, value in changes.items())
     name = re.sub(r"[^\w.-]+", "_", name)
     settings: dict[str, Any] = {
         "micro_batch_size": BATCH,
@@ -86,8 +88,8 @@ def curve(lab: Lab, method: str, updates: int, prompts: int, seed: int, **change
         "num_epochs": 1000,
         "learning_rate": RATES[method],
         "save_strategy": "steps",
-        "save_steps": EVERY,
-        "logging_steps": EVERY,
+        "save_steps": min(EVERY, updates),
+        "logging_steps": min(EVERY, updates),
         **changes,
     }
     labels = first_prompts(lab.labels(TASK), prompts)
@@ -108,9 +110,11 @@ def curve(lab: Lab, method: str, updates: int, prompts: int, seed: int, **change
         data = [{"path": str(asked), "ds_type": "json", "split": "train", "type": f"{HERE}.as_prompt"}]
         settings.update(plugins=None, trace_stripping=None, rl="grpo", trl=reward, datasets=data)
     if method == "warm_jsd":
+        if updates < 3 * EVERY:
+            raise SystemExit(f"warm_jsd: {updates} updates cannot be parted; give at least {3 * EVERY}")
         first = updates // 3 // EVERY * EVERY
         begun = curve(lab, "answer_only", first, prompts, seed, lr_scheduler="constant")
-        warm = lab.merge(lab.out / f"answer_only_{prompts}_{seed}_lr_scheduler_constant")
+        warm = lab.merge(lab.out / f"answer_only_{prompts}_{first}_{seed}_lr_scheduler_constant")
         settings.update(max_steps=updates - first, on_policy_kl=BLOCKS["on_policy_jsd"])
         folder = lab.train(name, "on_policy_kl", warm, [labels], seed, **settings)
         return {**begun, **{step + first: value for step, value in lab.curve(warm, folder, TASK).items() if step}}
@@ -159,21 +163,26 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--prompts", type=int, default=1200)
     parser.add_argument("--methods", default=",".join(RATES))
+    parser.add_argument("--rate", type=float, help="learning rate instead of each method's own")
+    parser.add_argument("--warmup", type=int, help="updates of warm-up instead of the recipe's")
     parser.add_argument("--out", type=Path, default=Path("runs/sample_efficiency"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[dict[int, float]]] = {}
+    changes = {"learning_rate": asked.rate, "warmup_steps": asked.warmup}
+    changes = {key: value for key, value in changes.items() if value is not None}
     with Tools(asked.out / "preload.log") as tools:
         tools.wait()
         lab = Lab(asked.out, tools)
         for seed in range(asked.seeds):
             for method in asked.methods.split(","):
-                found = curve(lab, method, asked.updates, asked.prompts, seed)
+                found = curve(lab, method, asked.updates, asked.prompts, seed, **changes)
                 curves.setdefault(method, []).append(found)
                 line = " ".join(f"{value:.3f}" for _, value in sorted(found.items()))
                 print(f"seed {seed}  {method:16} {line}", flush=True)
-    (asked.out / f"curves_{asked.prompts}.json").write_text(json.dumps(curves, indent=1))
-    draw(curves, asked.out / f"curves_{asked.prompts}.svg")
+    curves_file = asked.out / f"curves_{asked.prompts}_{asked.updates}.json"
+    curves_file.write_text(json.dumps(curves, indent=1))
+    draw(curves, curves_file.with_suffix(".svg"))
     summary: dict[str, Any] = {"updates": asked.updates, "prompts": asked.prompts, "seeds": asked.seeds}
     summary["final"] = {name: mean_and_interval([run[max(run)] for run in runs]) for name, runs in curves.items()}
     if "grpo" in curves:
