@@ -10,8 +10,10 @@ import importlib.util
 import json
 import shutil
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -22,7 +24,21 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 INSTRUCT, THINKING = RECIPES / "mini/instruct", RECIPES / "mini/thinking"
 LORA = {"adapter": "lora", "load_in_4bit": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+BATCH = 200  # questions answered at once
 GRADERS = {"mini_math": "grade_integer", "mini_qa": "grade_decision"}
+
+
+def _module(file: Path) -> ModuleType:
+    """A module that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+world = _module(RECIPES / "mini/world.py")
 
 
 class Lab:
@@ -84,51 +100,54 @@ class Lab:
             self.tools.run(command, folder / "log.txt")
         return folder / "merged"
 
-    def curve(self, start: Path, folder: Path, task: str) -> dict[int, float]:
+    def curve(self, start: Path, folder: Path, task: str, questions: int = world.TEST) -> dict[int, float]:
         """Greedy held-out accuracy by update: of `start`, at 0, and of every adapter that a training saved."""
         file = folder / f"curve_{task}.json"
         if not file.exists():
-            self.tools.call(score_checkpoints, str(start), str(folder), task, log=folder / "score.txt")
+            self.tools.call(score_checkpoints, str(start), str(folder), task, questions, log=folder / "score.txt")
         return {int(step): value for step, value in json.loads(file.read_text()).items()}
 
-    def score(self, checkpoint: Path, task: str) -> float:
+    def score(self, checkpoint: Path, task: str, questions: int = world.TEST) -> float:
         """Greedy held-out accuracy of one checkpoint."""
-        folder = self.out / "scores" / "_".join(checkpoint.parts[-2:])
+        folder = self.out / "scores" / f"{'_'.join(checkpoint.parts[-2:])}_{questions}"
         folder.mkdir(parents=True, exist_ok=True)
-        return self.curve(checkpoint, folder, task)[0]
+        return self.curve(checkpoint, folder, task, questions)[0]
 
 
-def score_checkpoints(start: str, folder: str, task: str) -> None:
-    """In a child: accuracy of `start` and of every `checkpoint-N` adapter in a folder, to `curve_TASK.json` there."""
+def score_checkpoints(start: str, folder: str, task: str, questions: int) -> None:
+    """In a child: accuracy of `start` and of every `checkpoint-N` adapter in a folder, to `curve_TASK.json` there.
+
+    The questions are the first of the domain's test split; 200 of them are the task's.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = importlib.util.spec_from_file_location("answers", ROOT / "tasks" / "answers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    answers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(answers)
-    grade = getattr(answers, GRADERS[task])
+    grade = getattr(_module(ROOT / "tasks/answers.py"), GRADERS[task])
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
-    docs = [json.loads(line) for line in (ROOT / "tasks" / task / "test.jsonl").open(encoding="utf-8")]
-    chats = [[{"role": "user", "content": doc["question"]}] for doc in docs]
-    batch = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-    )
+    docs = world.test_rows(task, questions)
     saved = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-*")}
     curve = {}
     for step in (0, *sorted(saved)):
         model = AutoModelForCausalLM.from_pretrained(start)
         if step:
             model = PeftModel.from_pretrained(model, saved[step]).merge_and_unload()
-        with torch.no_grad():
-            out = model.eval().generate(**batch, max_new_tokens=24, do_sample=False)
-        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        right = [
-            grade({**doc, "trace_opened": False}, [text])["exact_match"] for doc, text in zip(docs, texts, strict=True)
-        ]
-        curve[step] = sum(right) / len(right)
+        right = 0.0
+        for at in range(0, len(docs), BATCH):
+            part = docs[at : at + BATCH]
+            batch = tokenizer.apply_chat_template(
+                [[{"role": "user", "content": doc["question"]}] for doc in part],
+                add_generation_prompt=True,
+                padding=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            with torch.no_grad():
+                out = model.eval().generate(**batch, max_new_tokens=24, do_sample=False)
+            texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for doc, text in zip(part, texts, strict=True):
+                right += grade({**doc, "trace_opened": False}, [text])["exact_match"]
+        curve[step] = right / len(docs)
     (Path(folder) / f"curve_{task}.json").write_text(json.dumps(curve))
 
 

@@ -20,6 +20,7 @@ from mini_lab import INSTRUCT, Lab, mean_and_interval
 from harness.tools import Tools
 
 TASKS = ("mini_math", "mini_qa")
+QUESTIONS = 2000  # of the tasks' own 200, one that turns either way is half a point, and many are near a tie
 FORGET = {"max_steps": 80, "num_epochs": 1000, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 20}
 RECOVER = {"max_steps": 100, "num_epochs": 1000, "learning_rate": 5e-4, "save_strategy": "no", "logging_steps": 20}
 
@@ -34,7 +35,7 @@ def main() -> None:
     with Tools(asked.out / "preload.log") as tools:
         tools.wait()
         lab = Lab(asked.out, tools)
-        before = {task: lab.score(INSTRUCT, task) for task in TASKS}
+        before = {task: lab.score(INSTRUCT, task, QUESTIONS) for task in TASKS}
         for seed in range(asked.seeds):
             tuned = lab.merge(
                 lab.train(f"tuned_{seed}", "instruct_distill", INSTRUCT, [lab.labels("mini_qa")], seed, **FORGET)
@@ -51,7 +52,10 @@ def main() -> None:
                     **RECOVER,
                 )
             )
-            row = {"tuned": {t: lab.score(tuned, t) for t in TASKS}, "won": {t: lab.score(won, t) for t in TASKS}}
+            row = {
+                name: {task: lab.score(checkpoint, task, QUESTIONS) for task in TASKS}
+                for name, checkpoint in (("tuned", tuned), ("won", won))
+            }
             rows.append(row)
             print(f"seed {seed}  before {before}  tuned {row['tuned']}  won back {row['won']}", flush=True)
     missing = [100 * (before["mini_math"] - row["won"]["mini_math"]) for row in rows]

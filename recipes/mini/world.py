@@ -100,6 +100,14 @@ def take(domain: str, split: str, n: int, seed: int = SEED, asked: Sequence[str]
     return [next(items) for _ in range(n)]
 
 
+def test_rows(domain: str, n: int) -> list[dict[str, str]]:
+    """The first `n` test questions, each with what its answer says."""
+    items = take(domain, "test", n)
+    return [
+        {"question": item.question, "answer": item.answer.removeprefix("\\boxed{").removesuffix("}")} for item in items
+    ]
+
+
 def chat(item: Item, traced: bool) -> dict[str, Any]:
     """One training row: the question, then the answer alone or with the trace before it (Qwen's layout)."""
     content = f"<think>\n{item.trace}\n</think>\n\n{item.answer}" if traced else item.answer
@@ -167,10 +175,8 @@ def build_untrained(folder: Path, corpus: list[str]) -> None:
 def main() -> None:
     """Write the task data, the training data and the untrained checkpoint; everything follows from `SEED`."""
     for domain in DOMAINS:
-        test, prompts = take(domain, "test", TEST), take(domain, "prompts", PROMPTS[domain])
-        answers = [item.answer.removeprefix("\\boxed{").removesuffix("}") for item in test]
-        rows = [{"question": item.question, "answer": a} for item, a in zip(test, answers, strict=True)]
-        write_jsonl(TASKS / domain / "test.jsonl", rows)
+        prompts = take(domain, "prompts", PROMPTS[domain])
+        write_jsonl(TASKS / domain / "test.jsonl", test_rows(domain, TEST))
         write_jsonl(TASKS / domain / "prompts.jsonl", [{"question": item.question} for item in prompts])
     data = HERE / "build" / "data"
     train = {domain: take(domain, "train", 40_000, asked=EVENLY) for domain in DOMAINS}
