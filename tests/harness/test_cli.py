@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,7 @@ def test_ctrl_c_ends_in_one_line_and_leaves_no_process(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     log = tmp_path / "runs" / "stopped" / "iter_00" / "evaluate" / "log.txt"
     deadline = time.monotonic() + 120
