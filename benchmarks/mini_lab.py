@@ -132,6 +132,7 @@ def score_checkpoints(start: str, folder: str, task: str, questions: int) -> Non
         model = AutoModelForCausalLM.from_pretrained(start)
         if step:
             model = PeftModel.from_pretrained(model, saved[step]).merge_and_unload()
+        model.eval()
         right = 0.0
         for at in range(0, len(docs), BATCH):
             part = docs[at : at + BATCH]
@@ -143,7 +144,7 @@ def score_checkpoints(start: str, folder: str, task: str, questions: int) -> Non
                 return_tensors="pt",
             )
             with torch.no_grad():
-                out = model.eval().generate(**batch, max_new_tokens=24, do_sample=False)
+                out = model.generate(**batch, max_new_tokens=24, do_sample=False)
             texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             for doc, text in zip(part, texts, strict=True):
                 right += grade({**doc, "trace_opened": False}, [text])["exact_match"]

@@ -51,15 +51,17 @@ BIG_TAH = {
 }
 
 
+def seconds(run: Callable[[], Any]) -> float:
+    """How long it takes."""
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
 def best(run: Callable[[], Any], runs: int) -> float:
     """Seconds of the fastest of some runs, after one to warm up."""
     run()
-    seconds = []
-    for _ in range(runs):
-        begun = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
+    return min(seconds(run) for _ in range(runs))
 
 
 def greedy(model: Any, ids: Tensor, tokens: int) -> Tensor:
@@ -75,8 +77,6 @@ def at_share(model: TaHForCausalLM, ids: Tensor, tokens: int, share: float) -> f
         return model(torch.cat([ids, greedy(model, ids, tokens)], dim=1))
 
     model.config.threshold = 1.0
-    if not share:
-        return 0.0
     odds = torch.sigmoid(read().continue_logits[:, ids.shape[1] :]).flatten()
     # Another threshold is another text, so some are tried, until one will do.
     found: dict[float, float] = {}
@@ -180,20 +180,14 @@ def cost_by_share(scratch: Path, tokens: int, runs: int) -> dict[str, list[float
     plain = plain_of(model)
     ids = torch.randint(1, BIG["vocab_size"], (1, PROMPT))
     assert model.decider is not None
-
-    def seconds(run: Any) -> float:
-        begun = time.perf_counter()
-        greedy(run, ids, tokens)
-        return time.perf_counter() - begun
-
     rounds, shares = [], list(SHARES)
     for _ in range(runs + 1):
         # In turn, so that a slow minute of the machine is everybody's.
-        row = [seconds(plain)]
+        row = [seconds(lambda: greedy(plain, ids, tokens))]
         for at, share in enumerate(SHARES):
             every = Every(share)
             hook = model.decider.register_forward_hook(every)
-            row.append(seconds(model))
+            row.append(seconds(lambda: greedy(model, ids, tokens)))
             hook.remove()
             shares[at] = every.sent / every.seen
         rounds.append(row)

@@ -79,7 +79,7 @@ def _readable(dataset: Dataset) -> Dataset:
 
 def _lengths(dataset: Dataset) -> list[int]:
     parts = dataset.select_columns(["input_ids"]).with_format("arrow").iter(1000)
-    return [length.as_py() for part in parts for length in pc.list_value_length(part["input_ids"])]
+    return [length for part in parts for length in pc.list_value_length(part["input_ids"]).to_pylist()]
 
 
 def _batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:

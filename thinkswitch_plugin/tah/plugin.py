@@ -22,6 +22,7 @@ from thinkswitch_plugin.tah.config import TaHConfig
 
 LOG = get_logger("axolotl.thinkswitch.tah")
 
+OTHER_ATTENTION = "duo-causal attention has no such kernel here; use attn_implementation: sdpa"
 # What passes of several depths rule out, and what to do about it.
 REFUSED = {
     "sample_packing": "rows that share a sequence would share their deeper passes; remove it",
@@ -40,7 +41,7 @@ REFUSED = {
     "liger_fused_linear_cross_entropy": "the loss is made from several depths; remove it",
     **dict.fromkeys(
         ("flash_attention", "flex_attention", "xformers_attention", "sage_attention", "eager_attention"),
-        "duo-causal attention has no such kernel here; use attn_implementation: sdpa",
+        OTHER_ATTENTION,
     ),
 }
 
@@ -64,8 +65,7 @@ class TaHPlugin(BasePlugin):
             raise ValueError(f"tah: adapter is {cfg.get('adapter')!r}; write `adapter: {ADAPTER}`")
         refuse(ADAPTER, cfg, REFUSED)
         if cfg.get("attn_implementation") not in (None, "sdpa"):
-            why = REFUSED["flash_attention"]
-            raise ValueError(f"tah: attn_implementation is {cfg['attn_implementation']}: {why} or leave it out")
+            raise ValueError(f"tah: attn_implementation is {cfg['attn_implementation']}: {OTHER_ATTENTION}")
         check_checkpoint(block, str(cfg.get("base_model")))
         # Layers are run one by one, and their linear layers are wrapped: kernels that replace either would not be used.
         for kernel in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
