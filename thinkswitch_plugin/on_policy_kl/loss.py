@@ -32,6 +32,7 @@ from torch import Tensor
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 CHUNK = 20_000_000  # logits at once: 128 tokens of 152k words, 2 × 80 MB
 STRIP = 1_200_000  # logits turned into gradients at once: 8 such tokens, 2 × 5 MB of scratch
+BLOCK = 1024  # words that a CPU takes logits of at once: its BLAS copies that side first, and 10 MB stay in the cache
 
 
 class Samples(NamedTuple):
@@ -180,10 +181,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     """hidden @ headᵀ into `out` [C, V], in the dtype of `out`."""
-    if hidden.dtype == head.dtype == out.dtype:
-        torch.mm(hidden, head.t(), out=out)
-    else:
-        out.copy_(hidden.to(head.dtype) @ head.t())
+    words = BLOCK if out.device.type == "cpu" else len(head)
+    for part, into in zip(head.split(words), out.split(words, dim=1), strict=True):
+        if hidden.dtype == head.dtype == out.dtype:
+            torch.mm(hidden, part.t(), out=into)
+        else:
+            into.copy_(hidden.to(head.dtype) @ part.t())
 
 
 def _log_softmax_(logits: Tensor, probs: Tensor) -> None:
