@@ -37,6 +37,15 @@ class TaHBlock(BaseModel):
             "stage decider reads it from the checkpoint that stage left."
         ),
     )
+    unsure_below: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        json_schema_extra=_said(
+            "A token is hard if the reference's first choice has less than this probability, right or wrong, instead "
+            "of if it is wrong. Stage decider keeps what stage backbone had."
+        ),
+    )
     max_depth: int = Field(default=2, ge=1, json_schema_extra=_said("Passes of a hard token."))
     mix_top_k: int = Field(
         default=100,
@@ -76,7 +85,7 @@ class TaHBlock(BaseModel):
         else:
             if not self.decider_layers or not self.decider_hidden:
                 raise ValueError("stage decider needs decider_layers and decider_hidden")
-            theirs = {"max_depth", "mix_top_k", "lora_r", "lora_alpha", "lora_dropout", "policy"}
+            theirs = {"unsure_below", "max_depth", "mix_top_k", "lora_r", "lora_alpha", "lora_dropout", "policy"}
         # Axolotl hands the block on with its defaults filled in, which say nothing.
         fields = type(self).model_fields
         wrong = sorted(
@@ -90,7 +99,7 @@ class TaHBlock(BaseModel):
     @property
     def of_config(self) -> dict[str, Any]:
         """What this stage decides of a `TaHConfig`."""
-        backbone = ("max_depth", "mix_top_k", "lora_r", "lora_alpha", "lora_dropout", "reference")
+        backbone = ("max_depth", "mix_top_k", "lora_r", "lora_alpha", "lora_dropout", "reference", "unsure_below")
         decider = ("decider_layers", "decider_hidden", "decider_expansion", "decider_dropout")
         keys = backbone if self.stage == "backbone" else decider
         said = {key: getattr(self, key) for key in (*keys, "threshold")}

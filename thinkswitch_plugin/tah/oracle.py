@@ -1,4 +1,4 @@
-"""Which tokens are hard: those whose next word a frozen reference model predicts wrong.
+"""Which tokens are hard: those whose next word a frozen reference model predicts wrong, or is not sure of.
 
 Knows tokenised rows, a reference checkpoint and the file its verdict is kept in. Leaves to others: where rows come from
 (Axolotl's own datasets) and what becomes of hard tokens (`model`). TaH, arXiv 2511.08577, section 3.4.
@@ -6,6 +6,10 @@ Knows tokenised rows, a reference checkpoint and the file its verdict is kept in
 A label belongs to the position that predicts, as logits do: position t is hard if the reference, having read the row up
 to t, puts another word first than the one at t + 1. Only words that carry a loss are looked at; everything else, the
 prompt above all, is easy.
+
+Such a label tells something of the answer: that the reference's first word is not the one. A second pass learns to use
+that, and what the decider sends on in vain is then mostly lost. With `unsure_below` a position is hard if the
+reference's first word has less than that probability, right or wrong, of which nothing can be read about the answer.
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ from thinkswitch_plugin.tah.model import tokens_at_a_head
 IGNORED = -100
 
 
-def hard_tokens(model: PreTrainedModel, dataset: Dataset, tokens_at_once: int) -> list[Tensor]:
+def hard_tokens(
+    model: PreTrainedModel, dataset: Dataset, tokens_at_once: int, unsure_below: float | None = None
+) -> list[Tensor]:
     """Ask the reference for every row, those of like lengths together.
 
     Args:
@@ -40,6 +46,7 @@ def hard_tokens(model: PreTrainedModel, dataset: Dataset, tokens_at_once: int) -
         dataset: with columns `input_ids` and `labels`, equally long in a row; a label is -100 where a token carries
             no loss. Rows are read as they are needed.
         tokens_at_once: how many tokens a batch may have, padding included; one row at least.
+        unsure_below: hard is what has a first word of less than this probability; None for what has a wrong one.
 
     Returns:
         bool [length of the row] each.
@@ -64,12 +71,20 @@ def hard_tokens(model: PreTrainedModel, dataset: Dataset, tokens_at_once: int) -
             hidden = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
             asked = (wanted != IGNORED).nonzero(as_tuple=True)
             pieces = hidden[asked].split(tokens_at_a_head(head.weight.shape[0]))
-            said = [head(piece).argmax(-1).cpu() for piece in pieces]
+            targets = wanted[asked].to(device).split(tokens_at_a_head(head.weight.shape[0]))
+            verdict = [_is_hard(head(piece), words, unsure_below) for piece, words in zip(pieces, targets, strict=True)]
         hard = torch.zeros(len(batch), width, dtype=torch.bool)
-        hard[asked] = (torch.cat(said) if said else wanted[asked]) != wanted[asked]
+        hard[asked] = torch.cat(verdict).cpu()
         for at, index in enumerate(batch):
             verdicts[index] = hard[at, : lengths[index]].clone()
     return verdicts
+
+
+def _is_hard(logits: Tensor, words: Tensor, unsure_below: float | None) -> Tensor:
+    """Logits [N, V] and the words [N] that follow to bool [N]."""
+    if unsure_below is None:
+        return logits.argmax(-1) != words
+    return logits.float().softmax(-1).amax(-1) < unsure_below
 
 
 def _readable(dataset: Dataset) -> Dataset:
@@ -94,12 +109,17 @@ def _batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]
 
 
 def label(
-    dataset: Dataset, reference: str, max_depth: int, tokens_at_once: int, folder: Path
+    dataset: Dataset,
+    reference: str,
+    max_depth: int,
+    tokens_at_once: int,
+    folder: Path,
+    unsure_below: float | None = None,
 ) -> tuple[Dataset, dict[str, float]]:
     """Add the column `target_depth`: `max_depth` at hard tokens, 1 elsewhere.
 
-    The verdict is kept in `folder` under a hash of the rows and of the reference's weights, and read from there when
-    both are the same.
+    The verdict is kept in `folder` under a hash of the rows, of the reference's weights and of `unsure_below`, and read
+    from there when all are the same.
 
     Args:
         dataset: with the columns `input_ids` and `labels`.
@@ -107,11 +127,12 @@ def label(
         max_depth: passes of a hard token.
         tokens_at_once: as for `hard_tokens`.
         folder: of the files kept.
+        unsure_below: as for `hard_tokens`.
 
     Returns:
         The dataset, and `tokens` that carry a loss, `hard` ones among them, their `share`, and `cached` (0 or 1).
     """
-    digest, tokens = _read(dataset, reference)
+    digest, tokens = _read(dataset, reference, unsure_below)
     file = folder / f"{digest}.safetensors"
     cached = file.exists()
     if cached:
@@ -120,7 +141,7 @@ def label(
         model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", use_safetensors=True).eval()
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
-        flat = torch.cat([torch.empty(0, dtype=torch.bool), *hard_tokens(model, dataset, tokens_at_once)])
+        flat = torch.cat([torch.empty(0, dtype=torch.bool), *hard_tokens(model, dataset, tokens_at_once, unsure_below)])
         folder.mkdir(parents=True, exist_ok=True)
         # Several processes may ask at once; each writes the same, and whoever is last replaces it whole.
         beside = file.with_suffix(f".{os.getpid()}")
@@ -135,9 +156,9 @@ def label(
     return labelled, {"tokens": tokens, "hard": hard, "share": share, "cached": int(cached)}
 
 
-def _read(dataset: Dataset, reference: str) -> tuple[str, int]:
-    """A hash of the rows and the reference, and how many tokens carry a loss."""
-    digest = hashlib.sha256(b"2\n")
+def _read(dataset: Dataset, reference: str, unsure_below: float | None) -> tuple[str, int]:
+    """A hash of the rows, the reference and what hard means, and how many tokens carry a loss."""
+    digest = hashlib.sha256(f"3\n{unsure_below}\n".encode())
     folder = Path(reference)
     if folder.is_dir():
         for file in sorted(folder.glob("*.safetensors")):

@@ -182,10 +182,11 @@ def labelled(cfg: Mapping[str, Any]) -> TrainDatasetMeta:
     from thinkswitch_plugin.tah.oracle import label
 
     block = read_block(cfg["tah"])
-    reference, max_depth = block.reference, block.max_depth
+    reference, max_depth, unsure_below = block.reference, block.max_depth, block.unsure_below
     if block.stage == "decider":
         config: Any = AutoConfig.from_pretrained(cfg["base_model"])
         reference, max_depth = block.reference or config.reference, config.max_depth
+        unsure_below = getattr(config, "unsure_below", None)
     assert reference
     name_the_cpu(cfg)
     meta = load_datasets(cfg=cfg)
@@ -193,7 +194,7 @@ def labelled(cfg: Mapping[str, Any]) -> TrainDatasetMeta:
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(meta, name)
         if dataset is not None:
-            dataset, found = label(dataset, reference, max_depth, block.label_tokens, folder)
+            dataset, found = label(dataset, reference, max_depth, block.label_tokens, folder, unsure_below)
             setattr(meta, name, dataset)
             LOG.info(
                 f"tah: {name.partition('_')[0]}: {found['hard']:,} of {found['tokens']:,} tokens "
@@ -207,9 +208,9 @@ def labelled(cfg: Mapping[str, Any]) -> TrainDatasetMeta:
 def command(config: Path) -> None:
     """Mark the hard tokens of CONFIG's datasets and keep the labels.
 
-    CONFIG is a recipe with a `tah:` block. A token is hard if its frozen `reference` predicts it wrong. `axolotl train`
-    does this by itself; with this command it can be done before, or on another machine, and the share of hard tokens
-    seen: it should be a few per cent to a few tens.
+    CONFIG is a recipe with a `tah:` block. A token is hard if its frozen `reference` predicts it wrong, or is unsure of
+    it if the recipe says `unsure_below`. `axolotl train` does this by itself; with this command it can be done before,
+    or on another machine, and the share of hard tokens seen: it should be a few per cent to a few tens.
     """
     from axolotl.cli.config import load_cfg
 

@@ -22,19 +22,27 @@ REFERENCE = backbone()
     lengths=st.lists(st.integers(2, 20), min_size=1, max_size=9),
     at_once=st.integers(1, 80),
     seed=st.integers(0, 1000),
+    unsure_below=st.none() | st.floats(0.1, 0.5),
 )
-def test_batches_of_any_size_say_what_single_rows_say(lengths: list[int], at_once: int, seed: int) -> None:
+def test_batches_of_any_size_say_what_single_rows_say(
+    lengths: list[int], at_once: int, seed: int, unsure_below: float | None
+) -> None:
     torch.manual_seed(seed)
     rows = [torch.randint(1, 61, (length,)).tolist() for length in lengths]
     labels = [[-100 if torch.rand(()) < 0.4 else word for word in row] for row in rows]
-    verdicts = oracle.hard_tokens(REFERENCE, Dataset.from_dict({"input_ids": rows, "labels": labels}), at_once)
+    dataset = Dataset.from_dict({"input_ids": rows, "labels": labels})
+    verdicts = oracle.hard_tokens(REFERENCE, dataset, at_once, unsure_below)
     for row, label, verdict in zip(rows, labels, verdicts, strict=True):
+        assert len(verdict) == len(row)
         with torch.no_grad():
-            said = REFERENCE(torch.tensor([row])).logits[0].argmax(-1)
-        expected = [
-            at + 1 < len(row) and label[at + 1] != -100 and int(said[at]) != row[at + 1] for at in range(len(row))
-        ]
-        assert verdict.tolist() == expected
+            odds, said = REFERENCE(torch.tensor([row])).logits[0].softmax(-1).max(-1)
+        for at, hard in enumerate(verdict.tolist()):
+            if at + 1 == len(row) or label[at + 1] == -100:
+                assert not hard
+            elif unsure_below is None:
+                assert hard == (int(said[at]) != row[at + 1])
+            elif abs(float(odds[at]) - unsure_below) > 1e-6:
+                assert hard == (float(odds[at]) < unsure_below)
 
 
 @pytest.fixture
@@ -64,6 +72,8 @@ def test_labels_are_kept_and_asked_for_once(dataset: Dataset, tmp_path: Path, mo
     assert again["target_depth"][:] == first["target_depth"][:]
     with pytest.raises(AssertionError, match="asked again"):  # other rows
         oracle.label(dataset.select([0, 1]), str(reference), 3, 100, tmp_path / "kept")
+    with pytest.raises(AssertionError, match="asked again"):  # another meaning of hard
+        oracle.label(dataset, str(reference), 3, 100, tmp_path / "kept", unsure_below=0.5)
     REFERENCE.save_pretrained(reference)
     weights = reference / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")

@@ -40,6 +40,8 @@ def recipe(recipes: Path, block: dict[str, Any], **changes: Any) -> dict[str, An
         ({**BACKBONE, "decider_hidden": [8]}, "decider_hidden belongs to stage decider; remove it"),
         ({**BACKBONE, "max_depth": 0}, "tah.max_depth"),
         ({"stage": "decider"}, "stage decider needs decider_layers and decider_hidden"),
+        ({**BACKBONE, "unsure_below": 60}, "tah.unsure_below"),
+        ({**DECIDER, "unsure_below": 0.6}, "unsure_below belongs to stage backbone; remove it"),
         ({**DECIDER, "lora_r": 8}, "lora_r belongs to stage backbone; remove it"),
         ({**DECIDER, "threshold": 1.5}, "tah.threshold"),
     ],
