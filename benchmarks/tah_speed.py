@@ -5,9 +5,9 @@
 On the same weights and machine, in one run, each side's best of several: greedy decoding on a backbone of 4 layers ×
 128 at batch 1 and 8 and on one of Qwen3-0.6B's shape, with a threshold at which about 6 % of tokens continue; a
 training step of stage 1 on two layers with Qwen3-0.6B's width and vocabulary; and the cost of a token against the share
-of tokens that continue, as a plot (docs/tah_cost.svg), there the median over rounds in which all take turns. All float32
-on a CPU. Ends with one line of JSON: `speedup` is our tokens a second over the reference's, `over_…` our time over
-another's.
+of tokens that continue, as a plot (docs/tah_cost.svg), there the median over rounds in which all take turns. All
+float32 on a CPU. Ends with one line of JSON: `speedup` is our tokens a second over the reference's, `over_…` our time
+over another's.
 """
 
 from __future__ import annotations
