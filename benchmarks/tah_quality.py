@@ -118,11 +118,11 @@ class Arms:
     def run(self) -> dict[str, dict[str, float]]:
         """All arms, then their scores."""
         plain = {"adapter": None}
+        rate = self.rates["arms"]
         base = self.train("base_model", "tah_backbone", INSTRUCT, "base", self.rates["base"], **plain)
-        single = self.train("single", "tah_backbone", base, "arms", self.rates["arms"], **plain)
+        single = self.train("single", "tah_backbone", base, "arms", rate, **plain)
         # The adapter has a rank for this width, and no dropout on rows that come once.
         tah = {"reference": str(single), "unsure_below": UNSURE, "lora_dropout": 0.0}
-        rate = self.rates["arms"]
         with ThreadPoolExecutor(1) as beside:
             twice = beside.submit(
                 self.train, "always", "tah_backbone", base, "arms", rate, tah={**tah, "policy": "always"}
@@ -133,14 +133,12 @@ class Arms:
         arms = {"base": base, "single": single, "always": always, "oracle": oracle, "learned": learned}
         found = self.out / "scores.json"
         if not found.exists():
-            self.tools.call(
-                score, str(single), {k: str(v) for k, v in arms.items()}, str(found), log=self.out / "score.txt"
-            )
+            self.tools.call(score, {k: str(v) for k, v in arms.items()}, str(found), log=self.out / "score.txt")
         return json.loads(found.read_text())
 
 
-def score(reference: str, arms: dict[str, str], file: str) -> None:
-    """In a child: exact match and passes of every arm, to `file`."""
+def score(arms: dict[str, str], file: str) -> None:
+    """In a child: exact match and passes of every arm, to `file`; the single-pass arm says what is hard."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,7 +146,7 @@ def score(reference: str, arms: dict[str, str], file: str) -> None:
     import thinkswitch_plugin.tah.model  # noqa: F401  (registers the class)
     from thinkswitch_plugin.tah.oracle import hard_tokens
 
-    tokenizer = AutoTokenizer.from_pretrained(reference)
+    tokenizer = AutoTokenizer.from_pretrained(arms["single"])
     ids, labels = [], []
     for row in problems(0, test=True)[:TEST]:
         turns = row["messages"]
@@ -161,7 +159,7 @@ def score(reference: str, arms: dict[str, str], file: str) -> None:
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
     wanted = torch.tensor([row[1:] + [-100] * (width - len(row) + 1) for row in labels])
     oracle = hard_tokens(
-        AutoModelForCausalLM.from_pretrained(reference).eval(),
+        AutoModelForCausalLM.from_pretrained(arms["single"]).eval(),
         Dataset.from_dict({"input_ids": ids, "labels": labels}),
         8192,
         UNSURE,

@@ -182,11 +182,12 @@ class _ChunkedLoss(torch.autograd.Function):
 def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     """hidden @ headᵀ into `out` [C, V], in the dtype of `out`."""
     words = BLOCK if out.device.type == "cpu" else len(head)
+    hidden = hidden.to(head.dtype)
     for part, into in zip(head.split(words), out.split(words, dim=1), strict=True):
-        if hidden.dtype == head.dtype == out.dtype:
+        if head.dtype == out.dtype:
             torch.mm(hidden, part.t(), out=into)
         else:
-            into.copy_(hidden.to(head.dtype) @ part.t())
+            into.copy_(hidden @ part.t())
 
 
 def _log_softmax_(logits: Tensor, probs: Tensor) -> None:

@@ -70,9 +70,9 @@ def hard_tokens(
         with torch.no_grad():
             hidden = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
             asked = (wanted != IGNORED).nonzero(as_tuple=True)
-            pieces = hidden[asked].split(tokens_at_a_head(head.weight.shape[0]))
-            targets = wanted[asked].to(device).split(tokens_at_a_head(head.weight.shape[0]))
-            verdict = [_is_hard(head(piece), words, unsure_below) for piece, words in zip(pieces, targets, strict=True)]
+            at_a_head = tokens_at_a_head(head.weight.shape[0])
+            pieces = zip(hidden[asked].split(at_a_head), wanted[asked].to(device).split(at_a_head), strict=True)
+            verdict = [_is_hard(head(piece), words, unsure_below) for piece, words in pieces]
         hard = torch.zeros(len(batch), width, dtype=torch.bool)
         hard[asked] = torch.cat(verdict).cpu()
         for at, index in enumerate(batch):
