@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from thinkswitch_plugin.recipe import checked
 
+BLOCK = "on_policy_kl"  # the key in a recipe, and the name of the file of facts
 DATASET_TYPE = "thinkswitch_plugin.on_policy_kl"
 PLUGIN = f"{DATASET_TYPE}.OnPolicyKLPlugin"
 SELF = "self"
@@ -120,4 +121,4 @@ class OnPolicyKLArgs(BaseModel):
 
 def read_block(block: Mapping[str, Any] | None) -> OnPolicyKLConfig:
     """Read a recipe's `on_policy_kl:` block; raises `ValueError` with one line, as `checked` does."""
-    return checked("on_policy_kl", OnPolicyKLConfig, block)
+    return checked(BLOCK, OnPolicyKLConfig, block)

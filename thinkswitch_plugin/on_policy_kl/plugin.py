@@ -12,12 +12,13 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 
-from thinkswitch_plugin.on_policy_kl.args import DATASET_TYPE, PLUGIN, read_block
+from thinkswitch_plugin.facts import publish
+from thinkswitch_plugin.on_policy_kl.args import BLOCK, DATASET_TYPE, PLUGIN, read_block
 from thinkswitch_plugin.on_policy_kl.checks import check_recipe, check_teacher
 from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, name_the_cpu, seed_adapter
 
 # Part of every fingerprint: raise it when the same rows come out differently, so that no prepared set outlives that.
-OUTCOME_VERSION = 1
+OUTCOME_VERSION = 2
 
 
 class OnPolicyKLPlugin(BasePlugin):
@@ -35,7 +36,7 @@ class OnPolicyKLPlugin(BasePlugin):
         # The manager is shared by all recipes of a process, and this one may not be ours.
         if not is_listed(cfg, PLUGIN):
             return
-        config = read_block(cfg.get("on_policy_kl"))
+        config = read_block(cfg.get(BLOCK))
         entries = entries_of(cfg, DATASET_TYPE)
         check_recipe(cfg, len(entries), DATASET_TYPE)
         # Axolotl's LoRA kernels patch the attention class itself, which the teacher's layers are of too.
@@ -43,7 +44,7 @@ class OnPolicyKLPlugin(BasePlugin):
             if cfg.get(kernel) is None:
                 cfg[kernel] = False
         for entry in entries:
-            entry["input_transform"] = f"on_policy_kl {fingerprint(entry, config, OUTCOME_VERSION)}"
+            entry["input_transform"] = f"{BLOCK} {fingerprint(entry, config, OUTCOME_VERSION)}"
 
     def get_input_args(self) -> str:
         """The model of the `on_policy_kl:` block, by its import path."""
@@ -83,9 +84,10 @@ class OnPolicyKLPlugin(BasePlugin):
         return (lambda *_, **__: collate), {}
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
-        """Load the teacher and hand it to the trainer."""
+        """Write `OUTPUT_DIR/on_policy_kl.json`, load the teacher and hand it to the trainer."""
         if not is_listed(cfg, PLUGIN):
             return
+        publish(trainer, BLOCK, cfg.output_dir)
         from thinkswitch_plugin.on_policy_kl.scoring import Teacher
 
         config = read_block(cfg.on_policy_kl)

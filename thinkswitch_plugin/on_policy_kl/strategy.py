@@ -12,6 +12,7 @@ and thinking where a row brings no trace (`scoring`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
@@ -21,7 +22,9 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset, Features, List, Value
 from transformers import AutoTokenizer
 
-from thinkswitch_plugin.on_policy_kl.args import DATASET_TYPE, PLUGIN, SELF, OnPolicyKLConfig, read_block
+from thinkswitch_plugin.facts import attach
+from thinkswitch_plugin.on_policy_kl.args import BLOCK, DATASET_TYPE, PLUGIN, SELF, OnPolicyKLConfig, read_block
+from thinkswitch_plugin.on_policy_kl.report import Report
 from thinkswitch_plugin.prompts import conversation
 from thinkswitch_plugin.recipe import is_listed
 
@@ -65,21 +68,22 @@ class OnPolicyKLStrategy(DatasetWrappingStrategy):
             ValueError: a row has no prompt, or one too long for `sequence_len`; one line with the row's number.
         """
         rows: list[dict[str, Any]] = []
-        open_traces = 0
+        with_trace = unclosed = 0
         for number, row in enumerate(dataset, start=1):
             try:
                 messages, traces = self._read(row)
             except ValueError as error:
                 raise ValueError(f"on_policy_kl: {self.path}: row {number}: {error}") from None
-            open_traces += not traces
+            unclosed += not traces
+            with_trace += sum(trace is not None for trace in traces)
             rows += [self._prompt(messages, trace, number) for trace in traces]
         if not rows:
             raise ValueError(f"on_policy_kl: {self.path}: no prompt is left; was the dataset generated?")
-        LOG.info(
-            f"on_policy_kl: {self.path}: {len(rows)} prompts"
-            + (f"; left out {open_traces} whose trace never closed" if open_traces else "")
-        )
-        return Dataset.from_list(rows, features=FEATURES)
+        prepared = Dataset.from_list(rows, features=FEATURES)
+        report = Report(self.path, len(rows), with_trace, unclosed)
+        attach(prepared, BLOCK, asdict(report))
+        LOG.info(f"on_policy_kl: {self.path}: {report.line()}")
+        return prepared
 
     def _read(self, row: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[str | None]]:
         """A row's conversation, and the traces it brings: [None] where there are none to bring."""
@@ -138,7 +142,7 @@ def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any] | None = No
     path = str(entry.get("path", "dataset"))
     if not is_listed(cfg, PLUGIN):
         raise ValueError(f"on_policy_kl: {path}: type {DATASET_TYPE} needs `plugins: [{PLUGIN}]` in the recipe")
-    config = read_block(cfg.get("on_policy_kl"))
+    config = read_block(cfg.get(BLOCK))
     template = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)
     options = dict(cfg.get("chat_template_kwargs") or {})
 

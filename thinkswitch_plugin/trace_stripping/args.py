@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from thinkswitch_plugin.recipe import checked
 from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS, split_trace
 
+BLOCK = "trace_stripping"  # the key in a recipe, and the name of the file of facts
 DATASET_TYPE = "thinkswitch_plugin.trace_stripping"
 PLUGIN = f"{DATASET_TYPE}.TraceStrippingPlugin"
 
@@ -51,4 +52,4 @@ class TraceStrippingArgs(BaseModel):
 
 def read_block(block: Mapping[str, Any] | None) -> TraceStrippingConfig:
     """Read a recipe's `trace_stripping:` block; raises `ValueError` with one line, as `checked` does."""
-    return checked("trace_stripping", TraceStrippingConfig, block)
+    return checked(BLOCK, TraceStrippingConfig, block)

@@ -1,4 +1,4 @@
-"""The Axolotl plugin: checks the recipe, keeps the cache honest, shows the counts when training starts.
+"""The Axolotl plugin: checks the recipe, keeps the cache honest, writes down the counts when training starts.
 
 Knows: Axolotl's hooks. Leaves to others: stripping itself, which is the dataset type (`strategy`).
 
@@ -18,13 +18,14 @@ from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 
+from thinkswitch_plugin.facts import attached, publish
 from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, seed_adapter
-from thinkswitch_plugin.trace_stripping.args import DATASET_TYPE, PLUGIN, read_block
-from thinkswitch_plugin.trace_stripping.report import PREFIX
+from thinkswitch_plugin.trace_stripping.args import BLOCK, DATASET_TYPE, PLUGIN, read_block
+from thinkswitch_plugin.trace_stripping.report import PREFIX, Report
 from thinkswitch_plugin.trace_stripping.strategy import LOG
 
 # Part of every fingerprint: raise it when the same rows come out differently, so that no prepared set outlives that.
-OUTCOME_VERSION = 1
+OUTCOME_VERSION = 2
 
 
 class TraceStrippingPlugin(BasePlugin):
@@ -42,7 +43,7 @@ class TraceStrippingPlugin(BasePlugin):
         # The manager is shared by all recipes of a process, and this one may not be ours.
         if not is_listed(cfg, PLUGIN):
             return
-        config = read_block(cfg.get("trace_stripping"))
+        config = read_block(cfg.get(BLOCK))
         entries = entries_of(cfg, DATASET_TYPE)
         if not entries:
             raise ValueError(
@@ -61,17 +62,19 @@ class TraceStrippingPlugin(BasePlugin):
         seed_adapter(cfg, PLUGIN)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
-        """Show the counts of a training set that an earlier command prepared.
+        """Write the training set's counts to `OUTPUT_DIR/trace_stripping.json`; say those of one prepared before.
 
         Args:
             cfg: the recipe.
-            trainer: holds the training set, whose description is the line.
+            trainer: holds the training set, to which the counts are attached.
         """
-        dataset = getattr(trainer, "train_dataset", None)
-        line = getattr(getattr(dataset, "info", None), "description", "")
-        # A set prepared in this run has shown its line already.
-        if line.startswith(PREFIX) and _is_read_back(dataset, cfg.dataset_prepared_path):
-            LOG.info(line)
+        if not is_listed(cfg, PLUGIN):
+            return
+        publish(trainer, BLOCK, cfg.output_dir)
+        # A set prepared in this run has shown its counts already.
+        if _is_read_back(trainer.train_dataset, cfg.dataset_prepared_path):
+            for counts in attached(trainer.train_dataset, BLOCK):
+                LOG.info(f"{PREFIX}: {counts['path']}: {Report(**counts).line()}")
 
 
 def _is_read_back(dataset: Any, prepared_path: str | None) -> bool:

@@ -13,6 +13,7 @@ answer-only pairs are distilled).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,9 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, Features, List, Value
 
+from thinkswitch_plugin.facts import attach
 from thinkswitch_plugin.recipe import is_listed
-from thinkswitch_plugin.trace_stripping.args import PLUGIN, TraceStrippingConfig, read_block
+from thinkswitch_plugin.trace_stripping.args import BLOCK, PLUGIN, TraceStrippingConfig, read_block
 from thinkswitch_plugin.trace_stripping.report import PREFIX, count
 from thinkswitch_plugin.trace_stripping.rows import TRAIN_FLAG, Layout, StrippedRow, strip_chat_row, strip_sample_row
 
@@ -64,8 +66,7 @@ class TraceStrippingStrategy(DatasetWrappingStrategy):
             kwargs: what later versions of Axolotl may pass on; not used.
 
         Returns:
-            Rows of `input_ids`, `attention_mask` and `labels` in the order of the dataset; its description is the
-            line that was logged.
+            Rows of `input_ids`, `attention_mask` and `labels` in the order of the dataset, with the counts attached.
 
         Raises:
             ValueError: the rows are of neither shape, or too few have an answer; one line.
@@ -84,8 +85,8 @@ class TraceStrippingStrategy(DatasetWrappingStrategy):
         tokenized = wrap_dataset_for_tokenized_prompt(
             self.chat, pairs, process_count=processes, keep_in_memory=keep_in_memory
         )
-        tokenized.info.description = report.line()
-        LOG.info(report.line())
+        attach(tokenized, BLOCK, asdict(report))
+        LOG.info(f"{PREFIX}: {self.path}: {report.line()}")
         return tokenized
 
     def _strip(self, dataset: Dataset, how: dict[str, Any]) -> Dataset:
@@ -149,7 +150,7 @@ def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any] | None = No
         )
     entry.setdefault("message_field_training", TRAIN_FLAG)
     return TraceStrippingStrategy(
-        chat=load_chat_template(tokenizer, cfg, entry), config=read_block(cfg.get("trace_stripping")), path=path
+        chat=load_chat_template(tokenizer, cfg, entry), config=read_block(cfg.get(BLOCK)), path=path
     )
 
 

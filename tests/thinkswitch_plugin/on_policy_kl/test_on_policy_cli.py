@@ -94,6 +94,8 @@ def test_prompts_alone_do_and_the_teacher_thinks_for_itself(train: Any, recipes:
         datasets=[{"path": str(tmp_path / "mine.jsonl"), "type": "thinkswitch_plugin.on_policy_kl"}],
     )
     assert "16 prompts" in said.stdout + said.stderr
+    (counts,) = json.loads((tmp_path / "on_policy/on_policy_kl.json").read_text())["datasets"]
+    assert counts == {"path": str(tmp_path / "mine.jsonl"), "prompts": 16, "with_trace": 0, "unclosed": 0}
     assert len(logged(said, "kl")) == 2
     assert all(value > 0 for value in logged(said, "kl"))
 

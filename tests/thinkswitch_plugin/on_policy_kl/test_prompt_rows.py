@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from axolotl.utils.dict import DictDefault
 
+from thinkswitch_plugin.facts import attached
 from thinkswitch_plugin.on_policy_kl import strategy
+from thinkswitch_plugin.on_policy_kl.report import sentence
 
 PLUGIN = "thinkswitch_plugin.on_policy_kl.OnPolicyKLPlugin"
 ASK = [{"role": "user", "content": "Compute 24+26-13."}]
@@ -33,6 +35,17 @@ def test_a_sample_row_gives_the_teacher_its_trace_and_the_student_the_question(t
     ]
     assert found["teacher_thinks"] == [False, False]
     assert found["labels"] == found["input_ids"]
+
+
+def test_what_the_rows_gave_is_counted(tokenizer: Any, recipes: Path) -> None:
+    doc = {"messages": ASK, "trace_opened": True}
+    rows = [{"doc": doc, "resps": [["r</think>37", "s</think>38"]]}, {"doc": doc, "resps": [["cut off"]]}]
+    (counts,) = attached(prepared([*rows, {"problem": "1+1"}], tokenizer, recipes), "on_policy_kl")
+    assert counts == {"path": "mine.jsonl", "prompts": 3, "with_trace": 2, "unclosed": 1}
+    assert sentence({"datasets": [counts, counts]}) == (
+        "6 prompts, 4 with a trace for the teacher; left out 2 whose trace never closed"
+    )
+    assert sentence({"datasets": [{"path": "x", "prompts": 5, "with_trace": 0, "unclosed": 0}]}) == "5 prompts"
 
 
 @pytest.mark.parametrize("row", [{"problem": ASK[0]["content"]}, {"prompt": ASK[0]["content"]}, {"messages": ASK}])

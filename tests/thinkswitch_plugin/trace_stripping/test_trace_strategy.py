@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from thinkswitch_plugin.facts import attached
 from thinkswitch_plugin.trace_stripping import TraceStrippingConfig, split_trace
 from thinkswitch_plugin.trace_stripping.args import PLUGIN
+from thinkswitch_plugin.trace_stripping.report import sentence
 
 datasets.disable_progress_bars()
 TYPE = "thinkswitch_plugin.trace_stripping"
@@ -171,7 +174,8 @@ def test_the_log_ends_with_one_line(prepare: Any, caplog: pytest.LogCaptureFixtu
     lines = _logged(caplog)
     assert lines[-1].startswith("trace stripping: rows.jsonl: kept 3 of 4 rows, dropped 1 (unclosed 1); removed ")
     assert sum(line.startswith("trace stripping") for line in lines) == 1
-    assert prepared.info.description == lines[-1]
+    (counts,) = attached(prepared, "trace_stripping")
+    assert lines[-1] == f"trace stripping: rows.jsonl: {sentence({'datasets': [counts]})}"
 
 
 def _logged(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -192,8 +196,10 @@ def test_tokens_are_counted_by_the_tokenizer(tokenizer: Any, prepare: Any) -> No
     texts = ["Let me think.</think>The answer is 42.", "cut off"]
     prepared = prepare([sample(text) for text in texts])
     read, kept = (sum(len(tokenizer(text).input_ids) for text in some) for some in (texts, ["The answer is 42."]))
+    (counts,) = attached(prepared, "trace_stripping")
+    assert (counts["tokens_read"], counts["tokens_kept"]) == (read, kept)
     share = f"removed {(read - kept) / read:.1%} of the assistant tokens ({read - kept} of {read})"
-    assert prepared.info.description.endswith(share)
+    assert sentence({"datasets": [counts]}).endswith(share)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -318,22 +324,46 @@ def test_files_in_a_folder_and_in_data_files_count(write_rows: Any, tmp_path: Pa
         assert prepared_set(recipe) != first
 
 
-def test_counts_of_a_set_prepared_before_are_shown_when_training_starts(
+def test_counts_are_written_when_training_starts_and_shown_of_a_set_prepared_before(
     prepare: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from axolotl.utils.dict import DictDefault
 
     from thinkswitch_plugin.trace_stripping import TraceStrippingPlugin
 
-    fresh = prepare([sample("r</think>a"), sample("r</think>b")])
+    fresh = prepare([sample("r</think>a"), sample("r</think>b"), sample("r")])
     fresh.save_to_disk(str(tmp_path / "prepared" / "hash"))
     read_back = datasets.load_from_disk(str(tmp_path / "prepared" / "hash")).shuffle(seed=1)
-    cfg = DictDefault({"dataset_prepared_path": str(tmp_path / "prepared")})
+    cfg = DictDefault({"plugins": [PLUGIN], "dataset_prepared_path": str(tmp_path / "prepared")})
     caplog.clear()
     with caplog.at_level(logging.INFO), _propagating("axolotl"):
-        for dataset in (fresh, datasets.Dataset.from_list([{"a": 1}]), None, read_back):
-            TraceStrippingPlugin().post_trainer_create(cfg, SimpleNamespace(train_dataset=dataset))
-    assert _logged(caplog) == [fresh.info.description]
+        for name, dataset in (("fresh", fresh), ("read_back", read_back)):
+            trainer = SimpleNamespace(train_dataset=dataset, is_world_process_zero=lambda: True)
+            TraceStrippingPlugin().post_trainer_create(cfg | {"output_dir": str(tmp_path / name)}, trainer)
+    facts = [json.loads((tmp_path / name / "trace_stripping.json").read_text()) for name in ("fresh", "read_back")]
+    assert facts[0] == facts[1]
+    (counts,) = facts[0]["datasets"]
+    tokens = {"tokens_read": counts["tokens_read"], "tokens_kept": counts["tokens_kept"]}
+    assert counts == {"path": "rows.jsonl", "rows": 3, "kept": 2, "dropped": {"unclosed": 1}, **tokens}
+    assert _logged(caplog) == [f"trace stripping: rows.jsonl: {sentence(facts[1])}"]
+
+
+def test_a_training_of_another_recipe_gets_no_file(tmp_path: Path) -> None:
+    from axolotl.utils.dict import DictDefault
+
+    from thinkswitch_plugin.trace_stripping import TraceStrippingPlugin
+
+    TraceStrippingPlugin().post_trainer_create(DictDefault({"output_dir": str(tmp_path)}), None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_datasets_are_one_sentence() -> None:
+    first = {"path": "a", "rows": 4, "kept": 2, "dropped": {"unclosed": 2}, "tokens_read": 90, "tokens_kept": 10}
+    other = {"path": "b", "rows": 4, "kept": 1, "dropped": {"empty_answer": 3}, "tokens_read": 10, "tokens_kept": 10}
+    assert sentence({"datasets": [first, other]}) == (
+        "kept 3 of 8 rows, dropped 5 (empty_answer 3, unclosed 2); removed 80.0% of the assistant tokens (80 of 100)"
+    )
+    assert sentence({"datasets": []}).startswith("kept 0 of 0 rows, dropped 0; removed 0.0% ")
 
 
 def test_evaluation_sets_are_fingerprinted_as_well_and_other_types_left_alone(write_rows: Any) -> None:

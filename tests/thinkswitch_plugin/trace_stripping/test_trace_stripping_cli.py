@@ -44,6 +44,9 @@ def test_preprocess_then_train(recipe: Any, axolotl: Any, write_rows: Any, tmp_p
         assert run.returncode == 0, run.stderr[-2000:]
         assert len(shown(run.stdout + run.stderr, path)) == 1
     assert "Loading prepared dataset from disk" in run.stdout + run.stderr
+    (counts,) = json.loads((tmp_path / "out/trace_stripping.json").read_text())["datasets"]
+    assert (counts["path"], counts["rows"], counts["kept"]) == (str(path), 4, 2)
+    assert counts["dropped"] == {"empty_answer": 1, "unclosed": 1}
 
 
 @pytest.mark.slow
