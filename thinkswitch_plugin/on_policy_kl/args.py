@@ -7,11 +7,13 @@ fits (`checks`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from thinkswitch_plugin.recipe import checked
+from thinkswitch_plugin.trace_stripping.args import Tags
+from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS
 
 BLOCK = "on_policy_kl"  # the key in a recipe, and the name of the file of facts
 DATASET_TYPE = "thinkswitch_plugin.on_policy_kl"
@@ -21,6 +23,10 @@ SELF = "self"
 
 def _said(text: str) -> dict[str, Any]:
     return {"description": text}
+
+
+def _as_pairs(tags: Any) -> Any:
+    return [tags] if isinstance(tags, list | tuple) and all(isinstance(tag, str) for tag in tags) else tags
 
 
 class OnPolicyKLConfig(BaseModel):
@@ -44,8 +50,9 @@ class OnPolicyKLConfig(BaseModel):
     trace_max_new_tokens: int = Field(
         default=2048, ge=1, json_schema_extra=_said("Longest trace the teacher writes where a row brings none.")
     )
-    tags: tuple[str, str] = Field(
-        default=("<think>", "</think>"), json_schema_extra=_said("The opening and the closing tag of a trace.")
+    tags: Annotated[Tags, BeforeValidator(_as_pairs)] = Field(
+        default=list(DEFAULT_TAGS),
+        json_schema_extra=_said("Pairs of opening and closing tag of a trace; one pair may stand by itself."),
     )
     rollouts_per_prompt: int = Field(
         default=1, ge=1, json_schema_extra=_said("Answers the student writes to each prompt of a batch.")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, end_tokens, generate
+from thinkswitch_plugin.trace_stripping.trace import TagPairs, template_opens_trace, trace_end
 
 TOKENS = 16_384  # the teacher reads at once
 # Models whose logits are not hidden @ headᵀ.
@@ -123,9 +124,10 @@ class Teacher:
     def think(self, prompts: Sequence[Sequence[int]]) -> list[list[int] | None]:
         """Let the teacher write a trace after each prompt, once for each distinct prompt of a run.
 
-        Sampling is as its own generation config says. The trace keeps what lies between its closing tag and the
-        answer; one that never closes is None.
+        Sampling is as its own generation config says. The trace keeps what lies between its end and the answer; one
+        that never closes is None.
         """
+        opened = template_opens_trace(self.tokenizer, self.config.tags)
         new = list(dict.fromkeys(tuple(prompt) for prompt in prompts if tuple(prompt) not in self._traces))
         settings = GenerationConfig(
             max_new_tokens=self.config.trace_max_new_tokens,
@@ -138,19 +140,31 @@ class Teacher:
             with self._awake() as model:
                 written, _ = generate(model, batch, settings, self.tokenizer.pad_token_id)
             for prompt, tokens in zip(batch, written, strict=True):
-                self._traces[prompt] = through_closing_tag(tokens, self.tokenizer, self.config.tags[1])
+                self._traces[prompt] = trace_tokens(tokens, self.tokenizer, opened, self.config.tags)
         return [self._traces[tuple(prompt)] for prompt in prompts]
 
 
-def through_closing_tag(tokens: list[int], tokenizer: Any, tag: str) -> list[int] | None:
-    """The tokens up to and with the closing tag and the white space that follows, None where no tag closes."""
-    if tag not in tokenizer.decode(tokens):
+def trace_tokens(tokens: list[int], tokenizer: Any, opened: bool, tags: TagPairs) -> list[int] | None:
+    """The tokens up to where their trace is over, with the white space that follows; None where it is not.
+
+    Args:
+        tokens: what the teacher wrote.
+        tokenizer: its own.
+        opened: its prompt had opened the trace.
+        tags: as for `trace_end`.
+    """
+    text = tokenizer.decode(tokens)
+    end = trace_end(text, opened, tags)
+    if end is None:
         return None
-    low, high = 0, len(tokens)  # the fewest tokens whose text holds the tag
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if tag in tokenizer.decode(tokens[:middle]) else (middle, high)
+    few, enough = 0, len(tokens)  # the fewest tokens whose text holds the whole trace
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        if tokenizer.decode(tokens[:middle]).startswith(text[:end]):
+            enough = middle
+        else:
+            few = middle
     special = set(tokenizer.all_special_ids)
-    while high < len(tokens) and tokens[high] not in special and not tokenizer.decode([tokens[high]]).strip():
-        high += 1
-    return tokens[:high]
+    while enough < len(tokens) and tokens[enough] not in special and not tokenizer.decode([tokens[enough]]).strip():
+        enough += 1
+    return tokens[:enough]

@@ -27,6 +27,7 @@ from thinkswitch_plugin.on_policy_kl.args import BLOCK, DATASET_TYPE, PLUGIN, SE
 from thinkswitch_plugin.on_policy_kl.report import Report
 from thinkswitch_plugin.prompts import conversation
 from thinkswitch_plugin.recipe import is_listed
+from thinkswitch_plugin.trace_stripping.trace import TagPairs, trace_end
 
 LOG = get_logger("axolotl.thinkswitch.on_policy_kl")
 
@@ -95,8 +96,8 @@ class OnPolicyKLStrategy(DatasetWrappingStrategy):
         if self.config.context == "prompt":
             return messages, [None]
         texts = [text for texts in row.get("resps") or [] for text in texts or []]
-        closing = self.config.tags[1]
-        return messages, [through_tag(text, closing) for text in texts if closing in text]
+        traces = [trace_of(text, bool(doc.get("trace_opened")), self.config.tags) for text in texts]
+        return messages, [trace for trace in traces if trace is not None]
 
     def _prompt(self, messages: list[dict[str, str]], trace: str | None, number: int) -> dict[str, Any]:
         ids = self.student(messages)
@@ -118,10 +119,16 @@ class OnPolicyKLStrategy(DatasetWrappingStrategy):
         }
 
 
-def through_tag(text: str, tag: str) -> str:
-    """A text up to and with its first closing tag and the white space that follows it."""
-    head, _, rest = text.partition(tag)
-    return head + tag + rest[: len(rest) - len(rest.lstrip())]
+def trace_of(text: str, opened: bool, tags: TagPairs) -> str | None:
+    """A text up to where its trace is over, with the white space that follows; None where it is not.
+
+    Args:
+        text: what the teacher wrote.
+        opened: its prompt had opened the trace.
+        tags: as for `trace_end`.
+    """
+    end = trace_end(text, opened, tags)
+    return None if end is None else text[: len(text) - len(text[end:].lstrip())]
 
 
 def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any] | None = None) -> OnPolicyKLStrategy:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from thinkswitch_plugin.lazy import attributes
-from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS, Trace, split_trace, template_opens_trace
+from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS, Trace, split_trace, template_opens_trace, trace_end
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.trace_stripping.args import TraceStrippingArgs, TraceStrippingConfig
@@ -26,6 +26,7 @@ __all__ = [
     "load",
     "split_trace",
     "template_opens_trace",
+    "trace_end",
 ]
 
 __getattr__ = attributes(

@@ -6,9 +6,9 @@ Knows: the plugin's names, keys, defaults and their limits. Leaves to others: wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from thinkswitch_plugin.recipe import checked
 from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS, split_trace
@@ -18,12 +18,21 @@ DATASET_TYPE = "thinkswitch_plugin.trace_stripping"
 PLUGIN = f"{DATASET_TYPE}.TraceStrippingPlugin"
 
 
+def _readable(tags: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    split_trace("", tags=tags)  # raises where it cannot work with them
+    return tags
+
+
+# Of any plugin's block: what opens and what closes a trace, in pairs.
+Tags = Annotated[list[tuple[str, str]], AfterValidator(_readable)]
+
+
 class TraceStrippingConfig(BaseModel):
     """The `trace_stripping:` block of a recipe; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
-    tags: list[tuple[str, str]] = Field(
+    tags: Tags = Field(
         default=list(DEFAULT_TAGS),
         json_schema_extra={"description": "Pairs of opening and closing tag, as they are written in the answers."},
     )
@@ -33,12 +42,6 @@ class TraceStrippingConfig(BaseModel):
         le=1,
         json_schema_extra={"description": "Stop with an error if a larger share of a dataset's rows has no answer."},
     )
-
-    @field_validator("tags")
-    @classmethod
-    def _tags_are_pairs(cls, tags: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        split_trace("", tags=tags)
-        return tags
 
 
 class TraceStrippingArgs(BaseModel):

@@ -109,6 +109,26 @@ def split_trace(text: str, opened: bool = False, tags: TagPairs = DEFAULT_TAGS) 
     return Trace(reasoning, answer, "closed" if found else "no_trace")
 
 
+def trace_end(text: str, opened: bool = False, tags: TagPairs = DEFAULT_TAGS) -> int | None:
+    """Say where the trace in `text` is over, by the same rules: behind the last tag.
+
+    Args:
+        text: what the model wrote.
+        opened: as for `split_trace`.
+        tags: as for `split_trace`.
+
+    Returns:
+        An index: all reasoning is before it, and no tag behind it. None where the text has no tag, or ends inside a
+        trace.
+
+    Raises:
+        ValueError: `tags` as for `split_trace`.
+    """
+    parts = _compile(_checked(tags)).pattern.split(text)
+    over = len(parts) > 1 and split_trace(text, opened, tags).status != "unclosed"
+    return len(text) - len(parts[-1]) if over else None
+
+
 def template_opens_trace(tokenizer: Any, tags: TagPairs = DEFAULT_TAGS) -> bool:
     """Say whether a prompt rendered by the tokenizer's chat template ends inside an opened trace.
 

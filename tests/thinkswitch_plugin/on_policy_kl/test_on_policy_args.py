@@ -37,6 +37,9 @@ ENTRY = {"path": "prompts.jsonl", "type": "thinkswitch_plugin.on_policy_kl"}
         ({"teacher": "self", "rollouts_per_prompt": 8, "rollout_batch_size": 4}, "rollout_batch_size is less than"),
         ({"teacher": "self", "server": "http://localhost:8000"}, "server needs server_model"),
         ({"teacher": "self", "server": "localhost:8000", "server_model": "m"}, "on_policy_kl.server"),
+        ({"teacher": "self", "tags": "</think>"}, "on_policy_kl.tags: Input should be a valid list"),
+        ({"teacher": "self", "tags": []}, "on_policy_kl.tags"),
+        ({"teacher": "self", "tags": 1}, "on_policy_kl.tags: Input should be a valid list"),
     ],
 )
 def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any] | None, said: str) -> None:
@@ -45,6 +48,14 @@ def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any] | No
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "keys: teacher, " in str(caught.value)
+
+
+def test_tags_are_pairs_of_which_one_may_stand_by_itself() -> None:
+    pairs = [("<a>", "</a>"), ("<b>", "</b>")]
+    assert OnPolicyKLConfig(teacher="self", tags=pairs).tags == pairs
+    assert OnPolicyKLConfig(teacher="self", tags=["<a>", "</a>"]).tags == pairs[:1]
+    with pytest.raises(ValueError, match=r"on_policy_kl\.tags: .* is not a pair of different tags"):
+        read_block({"teacher": "self", "tags": ["<a>", "<A>"]})
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,20 @@ def test_a_sample_row_gives_the_teacher_its_trace_and_the_student_the_question(t
     assert found["labels"] == found["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("text", "opened", "trace"),
+    [
+        ("r</THINK >\n\n37", True, "r</THINK >\n\n"),
+        ("<think>r <think>s</think> t</think>37", False, "<think>r <think>s</think> t</think>"),
+        ("I end with </think>, then\n</think>37", True, "I end with </think>, then\n</think>"),
+        ("r <think>s</think> and on", True, None),
+        ("37", False, None),
+    ],
+)
+def test_the_trace_in_a_row_is_what_trace_stripping_takes_out(text: str, opened: bool, trace: str | None) -> None:
+    assert strategy.trace_of(text, opened, [("<think>", "</think>")]) == trace
+
+
 def test_what_the_rows_gave_is_counted(tokenizer: Any, recipes: Path) -> None:
     doc = {"messages": ASK, "trace_opened": True}
     rows = [{"doc": doc, "resps": [["r</think>37", "s</think>38"]]}, {"doc": doc, "resps": [["cut off"]]}]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, sequences
-from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight, through_closing_tag
+from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight, trace_tokens
 
 
 @pytest.fixture
@@ -136,17 +136,29 @@ def test_the_teacher_thinks_once_a_prompt(pair: Any, tokenizer: Any, recipes: Pa
     assert teacher.think(prompts) == first[:2]
 
 
+TAGS = [("<think>", "</think>")]
+
+
 def test_a_trace_that_never_closes_is_none(tokenizer: Any) -> None:
     ids = tokenizer("24+26=50\n50", add_special_tokens=False)["input_ids"]
-    assert through_closing_tag(ids, tokenizer, "</think>") is None
-    assert through_closing_tag([], tokenizer, "</think>") is None
+    assert trace_tokens(ids, tokenizer, True, TAGS) is None
+    assert trace_tokens([], tokenizer, True, TAGS) is None
 
 
 @pytest.mark.parametrize("after", ["", "\n", "\n\n"])
-def test_a_trace_ends_with_its_tag_and_white_space(tokenizer: Any, after: str) -> None:
-    text = f"24+26=50\n</think>{after}"
-    ids = tokenizer(f"{text}\\boxed{{50}}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    kept = through_closing_tag(ids, tokenizer, "</think>")
+@pytest.mark.parametrize(
+    "trace",
+    [
+        "24+26=50\n</think>",
+        "24+26=50\n</THINK >",
+        "it <think a='1'>nests</think> and\n</think>",
+        "語 of </think> 😀, then\n</think>",
+        "r</denk▷",
+    ],
+)
+def test_a_trace_ends_with_its_last_tag_and_white_space(tokenizer: Any, trace: str, after: str) -> None:
+    ids = tokenizer(f"{trace}{after}\\boxed{{50}}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    kept = trace_tokens(ids, tokenizer, True, [*TAGS, ("◁denk>", "</denk▷")])
     assert kept is not None
-    assert tokenizer.decode(kept) == text
+    assert tokenizer.decode(kept) == f"{trace}{after}"
     assert ids[: len(kept)] == kept

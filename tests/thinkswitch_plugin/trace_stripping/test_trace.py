@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkswitch_plugin.trace_stripping import Trace, split_trace, template_opens_trace
+from thinkswitch_plugin.trace_stripping import Trace, split_trace, template_opens_trace, trace_end
 
 THINK_AND_REASON = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"))
 
@@ -114,6 +114,37 @@ def test_bad_tags_are_one_clear_line(tags: Any) -> None:
         split_trace("a", tags=tags)
 
 
+@pytest.mark.parametrize(
+    ("text", "opened", "trace"),
+    [
+        ("r</think>a", False, "r</think>"),
+        ("r</THINK >a", True, "r</THINK >"),
+        ('<think type="deep">r</think>\n\na', False, '<think type="deep">r</think>'),
+        ("<think>r<think>s</think>t</think>a", False, "<think>r<think>s</think>t</think>"),
+        ("r<think>s</think>t</think>a", True, "r<think>s</think>t</think>"),
+        # A trace that speaks of the tags.
+        ("it ends with </think>, then\n</think>a", True, "it ends with </think>, then\n</think>"),
+        (
+            "<think>between <think> and </think> I add</think>a",
+            False,
+            "<think>between <think> and </think> I add</think>",
+        ),
+        ("<think>r</think>a<think>s</think>b", False, "<think>r</think>a<think>s</think>"),
+        ("r</think>", True, "r</think>"),
+        # Not over, or none.
+        ("r<think>s</think>t", True, None),
+        ("r</think>a<think>s", False, None),
+        ("r</think", False, None),
+        ("a", False, None),
+        ("a", True, None),
+        ("", False, None),
+    ],
+)
+def test_where_a_trace_is_over(text: str, opened: bool, trace: str | None) -> None:
+    end = trace_end(text, opened)
+    assert (None if end is None else text[:end]) == trace
+
+
 # --- properties ------------------------------------------------------------------------------------------------------
 
 FRAGMENTS = [
@@ -189,6 +220,16 @@ def test_an_answer_holds_no_tag_and_status_says_whether_there_is_one(text: str) 
     split = split_trace(text)
     assert (split.answer is not None) == (split.status in ("closed", "no_trace"))
     assert split.answer is None or (split.answer.strip() and "<think>" not in split.answer.lower())
+
+
+@given(soup, st.booleans())
+def test_a_trace_is_over_before_an_answer_and_behind_every_tag(text: str, opened: bool) -> None:
+    end, split = trace_end(text, opened), split_trace(text, opened)
+    assert (end is None) == (split.status in ("unclosed", "no_trace") or not text.strip())
+    if end is not None:
+        assert split_trace(text[:end], opened).reasoning == split.reasoning
+        assert split_trace(text[end:]).status in ("no_trace", "empty_answer")
+        assert (split.answer or "").endswith(text[end:].strip())
 
 
 opening = st.sampled_from(["<think>", "<THINK>", '<think a="1">'])
