@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def backbone(tied: bool = True, kind: str = "qwen3") -> Any:
-    """A random causal model: 3 layers of 32, 4 heads of 8 on 2 key heads, 61 words."""
+def backbone(tied: bool = True, kind: str = "qwen3", vocabulary: int = 61) -> Any:
+    """A random causal model: 3 layers of 32, 4 heads of 8 on 2 key heads."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -21,7 +21,7 @@ def backbone(tied: bool = True, kind: str = "qwen3") -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        vocab_size=61,
+        vocab_size=vocabulary,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         initializer_range=0.3,
