@@ -1,7 +1,6 @@
 """Whether a run can work, found out before anything is loaded.
 
 Each check looks at files only (configs, headers, tokenizers) and raises `LoopError` with what, where and what to do.
-The one that needs lm-eval, `check_tasks`, runs in a child of the preloaded server.
 """
 
 from __future__ import annotations
@@ -10,14 +9,15 @@ import ast
 import json
 import os
 import shutil
-import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError
-from harness.rundir import read_json
+from harness.files import read_json
+from harness.store import READ
+from harness.tasks import Task
 from thinkswitch_plugin.prompts import conversation, read_prompts
-from thinkswitch_plugin.recipe import may_be_hub_id
 from thinkswitch_plugin.tah.args import LOADER
 
 SHAPE_KEYS = (
@@ -31,28 +31,42 @@ SHAPE_KEYS = (
     "head_dim",
     "tie_word_embeddings",
 )
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", LOADER]  # what is needed; never a pickle
 
 
-def local_checkpoint(name: str, role: str) -> Path:
+def local_checkpoint(name: str, role: str) -> tuple[Path, str]:
     """The folder of a checkpoint: the path itself, or the hub's snapshot, downloaded if it is not here yet.
+
+    Args:
+        name: a folder, a hub id (owner/name), or one of its revisions (owner/name@revision).
+        role: "instruct" or "thinking", for what is said of it.
+
+    Returns:
+        The folder, and `owner/name@commit` if it is the hub's.
 
     Raises:
         LoopError: if there is no such folder and the hub has or gives none.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    if not may_be_hub_id(name):
-        raise LoopError(f"--{role} {name}: no such folder, and not a hub id (owner/name) either")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    if Path(name).is_dir():
+        return Path(name), ""
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+        validate_repo_id(repository)
+        on_hub = repository.count("/") == 1
+    except HFValidationError:
+        on_hub = False
+    if not on_hub:
+        raise LoopError(f"--{role} {name}: no such folder, and not a hub id (owner/name or owner/name@revision) either")
+    try:
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(READ)))
     except Exception as error:
         raise LoopError(
             f"--{role} {name}: no such folder, and the hub did not give it ({type(error).__name__})"
             "\ncheck the name and the network (HF_TOKEN for a gated one), or name a local folder"
         ) from None
+    return folder, f"{repository}@{folder.name}"
 
 
 def check_checkpoint(folder: Path, role: str) -> None:
@@ -201,12 +215,20 @@ def _backbone_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
-    """Every token a tokenizer knows, with its id."""
-    tokenizer: dict[str, Any] = read_json(folder / "tokenizer.json")
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # a unigram model lists [token, score]
-        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
+    """Every token a tokenizer knows, with its id.
+
+    Raises:
+        LoopError: if its file is no tokenizer's.
+    """
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    try:
+        vocabulary: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises nothing narrower
+        why = " ".join(str(error).split())
+        raise LoopError(f"{file}: not a tokenizer ({why}); copy or download it again") from None
+    return vocabulary
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
@@ -215,61 +237,67 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     Raises:
         LoopError: if a file is not whole.
     """
+    from safetensors import SafetensorError, safe_open
+
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with file.open("rb") as stream:
-                (size,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(size))
-        except (struct.error, ValueError, OSError, OverflowError, MemoryError):
+            with safe_open(file, framework="numpy") as weights:
+                shapes.update({name: weights.get_slice(name).get_shape() for name in weights.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError):
             raise LoopError(f"{file}: not a whole safetensors file; copy or download it again") from None
-        shapes.update({name: value["shape"] for name, value in header.items() if name != "__metadata__"})
     return shapes
 
 
-def check_prompts(file: Path) -> None:
-    """A prompts file every row of which can be asked.
+def checked_prompts(file: Path) -> list[dict[str, Any]]:
+    """The rows of a prompts file every one of which can be asked.
 
     Raises:
         LoopError: with the file and the line of the first that cannot.
     """
     try:
-        read_prompts(file)
+        return read_prompts(file)
     except ValueError as error:
         raise LoopError(f"--prompts {error}") from None
 
 
-def check_disk(root: Path, checkpoint: Path, iterations: int) -> None:
-    """Room for what the run will write: an instruct and a thinking checkpoint an iteration, and a merge under way.
+def check_tasks(prompts: Sequence[Task], tests: Sequence[Task]) -> None:
+    """Tasks whose answers are written, and prompts that are conversations.
 
-    An evaluation alone, no iteration, writes no checkpoint.
+    Raises:
+        LoopError: naming the first that is something else.
+    """
+    for task in [*prompts, *tests]:
+        if task.output_type != "generate_until":
+            raise LoopError(
+                f"task {task.name} is {task.output_type}: it compares likelihoods of given texts, before which no "
+                "checkpoint gets to think\nname one that lets the checkpoint write (output_type: generate_until)"
+            )
+    for task in prompts:
+        if not task.conversations:
+            raise LoopError(
+                f"task {task.name} asks no prompts that can be learnt from: its rows have no messages"
+                "\nput your prompts into a .jsonl file and name that, or see tasks/README.md"
+            )
+
+
+def check_disk(root: Path, checkpoint: Path, checkpoints: int) -> None:
+    """Room for the checkpoints that a run is still to write, and for a merge under way.
+
+    Args:
+        root: where they go.
+        checkpoint: one of their size.
+        checkpoints: how many.
 
     Raises:
         LoopError: with what is needed and what is free, in GB.
     """
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    needed = int(weights * (2 * iterations + 1) * 1.05) if iterations else 0
+    needed = int(weights * (checkpoints + 1) * 1.05) if checkpoints else 0
     place = next(folder for folder in (root, *root.resolve().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise LoopError(
-            f"no disk space: {iterations} iterations need {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB"
-            "\nfree some, choose another disk with --out, or fewer iterations with --iters"
-        )
-
-
-def check_tasks(tasks: list[str], include_path: str | None) -> None:
-    """Ask lm-eval whether it knows the tasks. Runs in a child; its exit message is the complaint.
-
-    Raises:
-        SystemExit: naming the unknown ones.
-    """
-    from lm_eval.tasks import TaskManager
-
-    known = TaskManager(include_path=include_path)
-    unknown = [task for task in tasks if not known.match_tasks([task])]
-    if unknown:
-        raise SystemExit(
-            f"lm-eval knows no task {', '.join(unknown)}: see `lm_eval ls tasks`, "
-            "or name your tasks' folder by --include-path"
+            f"no disk space: {checkpoints} checkpoints need {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB"
+            "\nfree some (ts-loop gc), choose another disk with --out, or fewer iterations with --iters"
         )

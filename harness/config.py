@@ -1,21 +1,26 @@
-"""What a run is asked to do: `loop.yml`, read and checked.
+"""What a run is asked to do: `loop.yml` and the recipes it names, read, overridden and checked.
 
 Knows the fields, their defaults and where the shipped recipes lie. Leaves every tool's own settings to the tool's own
-recipe, and the command line's overrides to `cli`.
+recipe.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from harness.errors import LoopError
+from harness.stages import Recipe
 
 OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whose option has another name
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # which YAML 1.1 takes for text: 1e-4
+LAUNCHERS = ("python", "accelerate", "torchrun")
 
 
 class Recipes(BaseModel):
@@ -39,12 +44,14 @@ class LoopConfig(BaseModel):
     """One run of the ThinkSwitch loop (arXiv 2606.01080).
 
     `t` is the slerp weight of the distilled instruct checkpoint in the reconstructed thinking one: 0 keeps the anchor
-    as it is, 1 is the instruct checkpoint. `anchor` is the thinking checkpoint it is interpolated with: `original`
-    (the one the run began with) or `previous` (the one reconstructed an iteration ago). `distill` says what the
-    instruct checkpoint learns from: the thinking one's `answers`, or, `on-policy`, its judgement of the instruct one's
-    own. With 0 `iterations` the pair is evaluated as it came. `nf4` answers prompts and questions with the checkpoints'
-    linear layers in NF4, where bfloat16 does not fit the GPU. `jobs` is how many stages may run side by side where none
-    reads what the other writes (an evaluation and the next iteration's labels): 1 where they would share one GPU.
+    as it is, 1 is the instruct checkpoint; left out, it is what the reconstruct recipe says. `anchor` is the thinking
+    checkpoint it is interpolated with: `original` (the one the run began with) or `previous` (the one reconstructed an
+    iteration ago). `distill` says what the instruct checkpoint learns from: the thinking one's `answers`, or,
+    `on-policy`, its judgement of the instruct one's own. With 0 `iterations` the pair is evaluated as it came. `nf4`
+    answers prompts and questions with the checkpoints' linear layers in NF4, where bfloat16 does not fit the GPU.
+    `jobs` is how many stages may run side by side where there is no GPU; where there are, one runs on each. `launcher`
+    is Axolotl's, with what it is given (`torchrun --nproc_per_node=2`); other than `python` it gets all GPUs. `limit`
+    asks only so many questions and prompts a task.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,14 +63,24 @@ class LoopConfig(BaseModel):
     tasks: list[str] = Field(min_length=1)
     include_path: Path | None = None
     iterations: int = Field(default=3, ge=0)
-    t: float = Field(default=0.1, ge=0.0, le=1.0)
+    t: float | None = Field(default=None, ge=0.0, le=1.0)
     anchor: Literal["original", "previous"] = "original"
     distill: Literal["answers", "on-policy"] = "answers"
     seed: int = Field(default=42, ge=0)
     nf4: bool = False
     jobs: int = Field(default=1, ge=1)
+    launcher: str = "python"
+    limit: int | None = Field(default=None, ge=1)
     usd_per_hour: float | None = Field(default=None, ge=0.0)
     recipes: Recipes
+    written_pair: tuple[str, str] | None = Field(default=None, exclude=True)  # instruct, thinking as loop.yml has them
+
+    @field_validator("launcher")
+    @classmethod
+    def _known_launcher(cls, value: str) -> str:
+        if not value.split() or value.split()[0] not in LAUNCHERS:
+            raise ValueError(f"must begin with one of {', '.join(LAUNCHERS)}")
+        return value
 
     @property
     def prompts_file(self) -> Path | None:
@@ -106,17 +123,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise LoopError(f"{path}: no such file; check the path in --config or in loop.yml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise LoopError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise LoopError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise LoopError(f"{path}: must be a mapping of settings, not {type(value).__name__}")
     return value
 
 
-def load(path: Path, overrides: dict[str, Any]) -> LoopConfig:
+def load(path: Path, overrides: Mapping[str, Any], changes: Sequence[str] = ()) -> LoopConfig:
     """Read `loop.yml`, lay the command line's overrides on it, and make its paths absolute.
 
     A path in the file is relative to the file; one on the command line, to the working folder.
+
+    Args:
+        path: the file.
+        overrides: field → value; None leaves the file's.
+        changes: what `--set` says of the loop itself: "jobs=1". What it says of a recipe is `read_recipes`' to read.
 
     Raises:
         LoopError: with the file and the field, if either has a wrong or unknown setting.
@@ -126,6 +148,7 @@ def load(path: Path, overrides: dict[str, Any]) -> LoopConfig:
     for key in ("instruct", "thinking"):
         if isinstance(settings.get(key), str):
             settings[key] = local_or_hub(settings[key], here)
+    written = settings.get("instruct"), settings.get("thinking")
     if isinstance(settings.get("prompts"), list):
         settings["prompts"] = [
             str(here / p) if isinstance(p, str) and p.endswith(".jsonl") else p for p in settings["prompts"]
@@ -138,8 +161,12 @@ def load(path: Path, overrides: dict[str, Any]) -> LoopConfig:
         if overrides.get(key) is not None:
             overrides = {**overrides, key: local_or_hub(overrides[key], Path.cwd())}
     given = {key: value for key, value in overrides.items() if value is not None}
+    asked = dict(settings)
+    for place, value in map(assignment, changes):
+        if place[0] not in Recipes.model_fields or len(place) == 1:
+            put(asked, place, value)
     try:
-        config = LoopConfig.model_validate({**settings, **given})
+        config = LoopConfig.model_validate({**asked, **given})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -147,7 +174,97 @@ def load(path: Path, overrides: dict[str, Any]) -> LoopConfig:
         raise LoopError(f"{source}: {first['msg'].lower()} (got {first['input']!r})") from None
     if config.prompts_file and len(config.prompts) > 1:
         raise LoopError(f"{path}: prompts: name either one .jsonl file or lm-eval tasks, not both")
-    return config
+    pair = (written[0], written[1]) if isinstance(written[0], str) and isinstance(written[1], str) else None
+    return config.model_copy(update={"written_pair": pair})
+
+
+def read_recipes(config: LoopConfig, changes: Sequence[str] = ()) -> dict[str, Recipe]:
+    """The native recipes by the name of their stage, with what each tool needs of them present.
+
+    A local file that a recipe names is one of the working folder, as for the tool itself, or else of the recipe's own.
+
+    Args:
+        config: names them.
+        changes: what `--set` says of recipes: "distill.learning_rate=1e-4".
+
+    Raises:
+        LoopError: if a file is missing or is no mapping, or a change names no recipe of the run.
+    """
+    files: dict[str, Path | None] = {name: getattr(config.recipes, name) for name in Recipes.model_fields}
+    on_policy = files.pop("on_policy")
+    if config.distill == "on-policy":
+        if not on_policy:
+            raise LoopError("--distill on-policy: loop.yml names no such recipe; add on_policy: under recipes:")
+        files["distill"] = on_policy
+    recipes: dict[str, Recipe] = {}
+    for name, file in files.items():
+        if file:
+            recipes[name] = located(read_yaml(file), file.resolve().parent)
+    for place, value in map(assignment, changes):
+        if place[0] in Recipes.model_fields and len(place) > 1:
+            name = "distill" if (place[0], config.distill) == ("on_policy", "on-policy") else place[0]
+            if name not in recipes:
+                raise LoopError(f"--set {'.'.join(place)}: this run has no recipe {name}; it has {', '.join(recipes)}")
+            put(recipes[name], place[1:], value)
+    for name, key in (("distill", "datasets"), ("reconstruct", "base_model")):
+        if not recipes[name].get(key):
+            raise LoopError(f"{files[name]}: has no {key}; the {name} stage needs it")
+    if not isinstance(recipes["distill"]["datasets"], list) or not isinstance(recipes["distill"]["datasets"][0], dict):
+        raise LoopError(f"{files['distill']}: datasets: must be a list of data sets")
+    return recipes
+
+
+def assignment(text: str) -> tuple[list[str], Any]:
+    """ "a.b=1e-4" as (["a", "b"], 0.0001); the value is YAML.
+
+    Raises:
+        LoopError: if it is no assignment.
+    """
+    place, equals, value = text.partition("=")
+    names = place.strip().split(".")
+    if not equals or not all(names):
+        raise LoopError(f"--set {text}: write KEY=VALUE, such as --set distill.learning_rate=1e-4")
+    try:
+        parsed = float(value) if NUMBER.fullmatch(value.strip()) else yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise LoopError(f"--set {text}: the value is not valid YAML") from None
+    return names, parsed
+
+
+def put(settings: Any, place: Sequence[str], value: Any) -> None:
+    """Set a value deep inside a mapping; a number on the way is an item of a list.
+
+    Raises:
+        LoopError: if there is something on the way that has no such item.
+    """
+    inside = settings
+    for name in place[:-1]:
+        try:
+            if isinstance(inside, list):
+                inside = inside[int(name)]
+            else:
+                if inside.get(name) is None:
+                    inside[name] = {}
+                inside = inside[name]
+        except (AttributeError, IndexError, ValueError):
+            raise LoopError(f"--set {'.'.join(place)}: there is no {name} to set something in") from None
+    try:
+        inside[int(place[-1]) if isinstance(inside, list) else place[-1]] = value
+    except (TypeError, IndexError, ValueError):
+        raise LoopError(f"--set {'.'.join(place)}: there is no {place[-1]} to set") from None
+
+
+def located(value: Any, folder: Path) -> Any:
+    """A recipe whose local paths are absolute: of the working folder, or else of the recipe's own."""
+    if isinstance(value, dict):
+        return {key: located(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [located(inner, folder) for inner in value]
+    if isinstance(value, str) and 1 < len(value) < 512 and re.search(r"[/.]", value) and "\n" not in value:
+        for base in (Path.cwd(), folder):
+            if (base / value).exists():
+                return str((base / value).resolve())
+    return value
 
 
 def local_or_hub(name: str, base: Path) -> str:

@@ -1,88 +1,167 @@
-"""The loop itself: the order of the stages, and nothing of how any of them works.
-
-    iteration 0   evaluate the pair as it came
-    iteration k   generate → distill → reconstruct → evaluate
-
-The thinking checkpoint of iteration k-1 labels the prompts, the instruct checkpoint of iteration k-1 learns from the
-answers, and a thinking checkpoint is rebuilt between the anchor and the new instruct one (ThinkSwitch, arXiv
-2606.01080).
-"""
+"""The run: looks at what there is, plans, and sees every stage of the plan done. Knows nothing of how any works."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache, partial
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness import checks, report, scores, stages
-from harness.config import LoopConfig, read_yaml
-from harness.errors import LoopError
-from harness.rundir import RunDir, digest, read_json, write_json
-from harness.stages import Recipe, Stage
-from harness.tools import ToolError, Tools, Usage, last_words
-from thinkswitch_plugin.trace_stripping.report import PREFIX
+from harness import checks, outcomes, page, schedule, tasks
+from harness.config import LoopConfig
+from harness.errors import LoopError, Stopped
+from harness.files import below, digest, disk_errors, write_json
+from harness.plan import Inputs, Step, commands, plan
+from harness.rundir import RunDir, why
+from harness.runner import LocalRunner, Runner, Usage, gpus, has_accelerator
+from harness.stages import External, Keys, Output, Recipe, Stage, dump, placed
+from harness.store import Known, Store, loaded, stamp
+from harness.view import View
 
-STAGES = ("generate", "distill", "reconstruct", "evaluate")
-PREPARED = (f"] {PREFIX}: ", "] on_policy_kl: ")  # how the plugins' lines on their data look in Axolotl's log
-STACK = ("thinkswitch", "axolotl", "torch", "transformers", "peft", "bitsandbytes", "mergekit", "lm_eval", "datasets")
-
-
-def plan(config: LoopConfig, recipes: dict[str, Recipe], run: RunDir) -> Iterator[Stage]:
-    """Every stage of the run in order, each with the recipe and the commands of its iteration."""
-    instruct, thinking = config.instruct, config.thinking
-    tests = {"instruct": recipes["evaluate"], "thinking": recipes.get("evaluate_thinking", recipes["evaluate"])}
-    for who, checkpoint in (("instruct", instruct), ("thinking", thinking)):
-        if checks.is_tah(Path(checkpoint)):
-            tests[who] = stages.trusting(tests[who])
-    yield stages.evaluate(config, tests, 0, run.stage(0, "evaluate"), instruct, thinking)
-    for k in range(1, config.iterations + 1):
-        generate, distill, reconstruct, evaluate = (run.stage(k, name) for name in STAGES)
-        yield stages.generate(config, recipes["generate"], k, generate, thinking)
-        yield stages.distill(config, recipes["distill"], k, distill, instruct, thinking, generate / "samples")
-        instruct = str(distill / "instruct")
-        anchor = config.thinking if config.anchor == "original" else thinking
-        yield stages.reconstruct(config, recipes["reconstruct"], k, reconstruct, anchor, instruct)
-        thinking = str(reconstruct / "thinking")
-        yield stages.evaluate(config, tests, k, evaluate, instruct, thinking)
+STACK = (
+    "thinkswitch",
+    "axolotl",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "mergekit",
+    "lm_eval",
+    "datasets",
+)
 
 
-def read_recipes(config: LoopConfig) -> dict[str, Recipe]:
-    """The native recipes by the name of their stage, with what each tool needs of them present.
+@dataclass(frozen=True)
+class Wishes:
+    """How a run is to be gone about, beside what it is.
 
-    Raises:
-        LoopError: if a file is missing, is no mapping, or names a data file that is missing.
+    Attributes:
+        again_from: a step (`distill`, `iter_02/distill`) that is done again, with all that reads what it leaves.
+        verify: compare the hash of everything that counts as done.
     """
-    files: dict[str, Path | None] = dict(config.recipes)
-    on_policy = files.pop("on_policy")
-    if config.distill == "on-policy":
-        if not on_policy:
-            raise LoopError("--distill on-policy: loop.yml names no such recipe; add on_policy: under recipes:")
-        files["distill"] = on_policy
-    recipes = {name: read_yaml(file) for name, file in files.items() if file}
-    for name, key in (("distill", "datasets"), ("reconstruct", "base_model")):
-        if not recipes[name].get(key):
-            raise LoopError(f"{files[name]}: has no {key}; the {name} stage needs it")
-    return recipes
+
+    again_from: str | None = None
+    verify: bool = False
 
 
-def check(config: LoopConfig, run: RunDir) -> LoopConfig:
-    """Everything that can be known before a tool is loaded; the config with its checkpoints made local.
+@dataclass
+class Run:
+    """A run as it was planned.
+
+    Attributes:
+        config: what was asked.
+        folder: of the run.
+        store: of all runs beside it.
+        steps: in order, of all its iterations: those asked for now and those it has from before.
+        wanted: the steps that are to be done now.
+        keys: of the steps' stages.
+        pair: the folders of the two checkpoints as they came.
+        watched: External path → its stamp when it was identified.
+        causes: why stages are other ones than when the run was last asked for.
+    """
+
+    config: LoopConfig
+    folder: RunDir
+    store: Store
+    steps: list[Step]
+    wanted: list[Step]
+    keys: Keys
+    pair: dict[str, Path]
+    watched: dict[str, str] = field(default_factory=dict)
+    causes: list[str] = field(default_factory=list)
+
+    def record(self, step: Step) -> dict[str, Any] | None:
+        """What the store has of a step, None if it is not done."""
+        return self.store.record(self.keys[step.stage])
+
+    def paths(self, stage: Stage) -> dict[str, str]:
+        """Where a stage and what it reads lie, by the names of the stand-ins."""
+        found = {"stage": str(self.store.folder(self.keys[stage]))}
+        for name, source in stage.inputs.items():
+            if isinstance(source, Output):
+                found[name] = str(self.store.folder(self.keys[source.stage]) / source.path)
+            else:
+                found[name] = source.path
+        return found
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions of the stack, and a digest of the plugins' own code; a package that is not installed is left out."""
+    import thinkswitch_plugin
+
+    found = {}
+    for name in STACK:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    code = Path(str(thinkswitch_plugin.__file__)).parent
+    lines = [f"{path.relative_to(code)}\0{digest(path)}\n" for path in below(code) if path.suffix == ".py"]
+    return {**found, "thinkswitch_plugin": sha256("".join(lines).encode()).hexdigest()[:12]}
+
+
+def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: View, wishes: Wishes = Wishes()) -> Run:
+    """Look at everything a run reads, and plan it: all keys are known, and nothing has been run.
 
     Raises:
         LoopError: with the first thing that will not work.
     """
-    pair = {}
+    store, folder = Store(out / "stages"), RunDir(out / config.name)
+    noted = folder.noted()
+    pair, names = check_pair(config)
+    prompts = checks.checked_prompts(config.prompts_file) if config.prompts_file else None
+    if config.include_path and not config.include_path.is_dir():
+        raise LoopError(f"--include-path {config.include_path}: no such folder")
+    known = Known(store.root / ".known.json", view.hashing)
+    if wishes.verify:
+        known.forget()
+    externals = {role: identified(path, names[role], known) for role, path in pair.items()}
+    asked = [*config.prompt_tasks, *config.tasks]
+    found = tasks.find(asked, config.include_path, store.root / ".tasks.json")
+    prompt_tasks = [task for name in config.prompt_tasks for task in found[name]]
+    test_tasks = [task for name in config.tasks for task in found[name]]
+    checks.check_tasks(prompt_tasks, test_tasks)
+
+    def identify(text: str) -> str | None:
+        return known.path(Path(text)) if text.startswith("/") and Path(text).exists() else None
+
+    tah = frozenset(role for role, path in pair.items() if checks.is_tah(path))
+    inputs = Inputs(
+        recipes, externals["instruct"], externals["thinking"], tah, prompt_tasks, test_tasks, prompts, identify
+    )
+    total = max(config.iterations, *(step["iteration"] for step in noted.get("steps", [])), 0)
+    steps, keys = plan(config, inputs, total), Keys(versions())
+    known.save()
+    wanted = [step for step in steps if step.iteration <= config.iterations]
+    kept = [step for step in steps if step in wanted or store.record(keys[step.stage])]
+    run = Run(config, folder, store, kept, wanted, keys, pair)
+    run.watched = {e.path: stamp(Path(e.path)) for e in externals.values()}
+    run.causes = why(noted.get("steps", []), described(run))
+    if wishes.verify:
+        verify(run, view)
+    if wishes.again_from:
+        do_again(run, wishes.again_from)
+    return run
+
+
+def check_pair(config: LoopConfig) -> tuple[dict[str, Path], dict[str, str]]:
+    """The folders of the two checkpoints, and what the hub calls them.
+
+    Raises:
+        LoopError: if they do not fit each other or the run.
+    """
+    pair, names = {}, {}
     for role in ("instruct", "thinking"):
-        folder = checks.local_checkpoint(getattr(config, role), role)
-        checks.check_checkpoint(folder, role)
-        pair[role] = folder
+        pair[role], names[role] = checks.local_checkpoint(getattr(config, role), role)
+        checks.check_checkpoint(pair[role], role)
     for role, folder in pair.items():
         if checks.is_tah(folder):
             if config.iterations or config.nf4:
@@ -90,181 +169,244 @@ def check(config: LoopConfig, run: RunDir) -> LoopConfig:
                 raise LoopError(f"--{role} {folder}: a TaH checkpoint cannot be {what}")
             checks.check_tah(folder, role)
     checks.check_pair(pair["instruct"], pair["thinking"])
-    if config.prompts_file:
-        checks.check_prompts(config.prompts_file)
-    if config.include_path and not config.include_path.is_dir():
-        raise LoopError(f"--include-path {config.include_path}: no such folder")
-    if not (run.root / "run.json").exists():
-        checks.check_disk(run.root, pair["thinking"], config.iterations)
-    return config.model_copy(update={role: str(folder) for role, folder in pair.items()})
+    return pair, names
 
 
-def asked(config: LoopConfig, recipes: dict[str, Recipe]) -> dict[str, Any]:
-    """What the run is asked to do, as `run.json` keeps it: settings, recipes, and the inputs' fingerprints."""
-    inputs = {role: digest(Path(getattr(config, role))) for role in ("instruct", "thinking")}
-    if config.prompts_file:
-        inputs["prompts"] = digest(config.prompts_file)
-    settings = config.model_dump(mode="json", exclude={"name", "recipes", "usd_per_hour", "jobs"})
-    return {**settings, "recipes": recipes, "inputs": inputs}
+def identified(folder: Path, on_hub: str, known: Known) -> External:
+    """A checkpoint and what it is: the hub's commit and its blobs' own hashes, or a digest of what a loader reads."""
+    blobs = {path.name: Path(path).resolve().name for path in loaded(folder) if path.is_symlink()}
+    if on_hub and len(blobs) == len(loaded(folder)):
+        return External(str(folder), f"{on_hub}+{sha256(str(sorted(blobs.items())).encode()).hexdigest()}")
+    return External(str(folder), known.checkpoint(folder))
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and the stack; a package that is not installed is left out."""
-    found = {"python": sys.version.split()[0]}
-    for name in STACK:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def described(run: Run) -> list[dict[str, Any]]:
+    """The steps as `run.json` keeps them."""
+    return [
+        {
+            "iteration": step.iteration,
+            "name": step.name,
+            "checkpoint": step.checkpoint,
+            "key": run.keys[step.stage],
+            "reads": run.keys.material(step.stage),
+        }
+        for step in run.steps
+    ]
 
 
-def perform(stage: Stage, run: RunDir, tools: Tools, view: report.View, threads: int | None) -> None:
-    """Run one stage to its end in its folder, and mark it done; `threads` as in `Tools.run`.
+def verify(run: Run, view: View) -> None:
+    """Compare the hash of everything that counts as done; what is not what it was counts no more."""
+    for key in dict.fromkeys(run.keys[step.stage] for step in run.steps):
+        view.verifying(key)
+        if damaged := run.store.damaged(key):
+            view.say(f"{key}: {', '.join(damaged)} changed since it was made; it is done again")
+            run.store.forget(key)
+
+
+def do_again(run: Run, name: str) -> None:
+    """Let a step, and all that reads what it leaves, count as not done.
+
+    Raises:
+        LoopError: if the run has no such step.
+    """
+    found = [s for s in run.wanted if name in (s.name, s.stage.kind.name, f"iter_{s.iteration:02d}/{s.name}")]
+    if not found:
+        every = ", ".join(dict.fromkeys(step.name for step in run.wanted))
+        raise LoopError(
+            f"--from {name}: this run has no such stage; it has {every}, or iter_01/distill for one of them"
+        )
+    stale = {run.keys[step.stage] for step in found}
+    for step in run.steps:
+        if stale & {run.keys[stage] for stage in step.stage.needs()}:
+            stale.add(run.keys[step.stage])
+    for key in stale:
+        run.store.forget(key)
+
+
+def pending(run: Run) -> dict[str, Stage]:
+    """The stages still to do, by key: not done, or done without a checkpoint that `gc` took and one of these needs."""
+    todo: dict[str, Stage] = {}
+    for step in reversed(run.wanted):
+        key = run.keys[step.stage]
+        needed = any(key == run.keys[stage] for other in todo.values() for stage in other.needs())
+        if run.store.record(key) is None or (needed and run.store.lacks(key)):
+            todo[key] = step.stage
+    return dict(reversed(todo.items()))
+
+
+def perform(run: Run, runner: Runner, view: View, key: str, environment: dict[str, str]) -> bool:
+    """Do one stage to its end in its folder and mark it done; False if another process is at it.
 
     Raises:
         LoopError: if a command fails or leaves what the loop cannot go on with; the folder stays for a look.
     """
-    begun = time.monotonic()
-    log = stage.folder / "log.txt"
-    with run.working(stage.folder) as facts:
-        for name, recipe in stage.recipes.items():
-            (stage.folder / name).write_text(stages.dump(recipe), encoding="utf-8")
-        used = []
-        for number, command in enumerate(stage.commands):
-            view.command(stage, number, command)
-            with log.open("a", encoding="utf-8") as file:
-                file.write(f"$ {' '.join(command)}\n")
-            used.append(tools.run(command, log, partial(view.progress, stage), threads))
-        if stage.name == "evaluate":
-            used += count_passes(stage, tools, view, log, threads)
-        for source, target in stage.renames:
-            (stage.folder / source).rename(stage.folder / target)
-        for name in stage.scratch:
-            shutil.rmtree(stage.folder / name, ignore_errors=True)
-        facts.update(
-            iteration=stage.iteration,
-            stage=stage.name,
-            commands=stage.commands,
-            inputs={name: run.fingerprint(Path(path)) for name, path in stage.inputs.items()},
-            wall_s=time.monotonic() - begun,
-            body_s=sum(usage.wall_s for usage in used),
-            cpu_s=sum(usage.cpu_s for usage in used),
-            peak_memory_mb=max(usage.peak_mb for usage in used),
-            exit=0,
+    stage = next(step.stage for step in run.wanted if run.keys[step.stage] == key)
+    with run.store.writing(key) as folder:
+        if folder is None:
+            view.elsewhere(key)
+            return False
+        if run.store.record(key) and not run.store.lacks(key):
+            return True  # by another run, meanwhile
+        for path, seen in run.watched.items():
+            if stamp(Path(path)) != seen:
+                raise LoopError(f"{path} was written to while this run used it; run the same command again")
+        begun = time.monotonic()
+        run.store.clear(key)
+        with disk_errors(folder):
+            paths = write_recipes(run, stage)
+            log = folder / "log.txt"
+            used: list[Usage] = []
+            for number, command in enumerate(commands(stage, paths)):
+                view.command(key, stage, number, command)
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(f"$ {' '.join(command)}\n")
+                told = partial(view.progress, key, stage)
+                used.append(runner.run(command, environment, log, run.store.hold(key), told))
+            for source, target in stage.renames:
+                (folder / source).rename(folder / target)
+            for pattern in stage.scratch:
+                for left in folder.glob(pattern):
+                    shutil.rmtree(left)
+            facts = stage.kind.read(folder, stage)
+        run.store.finish(
+            key,
+            {
+                "kind": stage.kind.name,
+                "checkpoint": stage.kind.checkpoint,
+                "made_by": run.config.name,
+                "reads": run.keys.material(stage),
+                "commands": commands(stage, paths),
+                "wall_s": time.monotonic() - begun,
+                "body_s": sum(usage.wall_s for usage in used),
+                "cpu_s": sum(usage.cpu_s for usage in used),
+                "peak_memory_mb": max(usage.peak_mb for usage in used),
+                "peak_gpu_memory_mb": max(usage.gpu_peak_mb for usage in used),
+                "environment": environment,
+                "facts": facts,
+            },
         )
-        if stage.name == "generate":
-            facts["labels"] = check_labels(stage)
-        if stage.name == "distill":
-            said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            facts["prepared"] = [line.partition(mark)[2] for line in said for mark in PREPARED if mark in line]
-        if stage.name == "evaluate":
-            passes = {who: read_json(stage.folder / f"{who}_passes.json") or {} for who in ("instruct", "thinking")}
-            facts["rows"] = [
-                {**row, **passes[who].get(row["task"], {})}
-                for who in passes
-                for row in scores.read(stage.folder / who, stage.iteration, who, stage.inputs[who])
-            ]
+    return True
 
 
-def count_passes(stage: Stage, tools: Tools, view: report.View, log: Path, threads: int | None) -> Iterator[Usage]:
-    """Count the passes of the answers that an evaluation's TaH checkpoints gave, if it has any."""
-    for who in ("instruct", "thinking"):
-        if checks.is_tah(Path(stage.inputs[who])):
-            view.counting(stage)
-            files = str(stage.folder / who), str(stage.folder / f"{who}_passes.json")
-            recipe = stage.recipes[f"{who}.yml"]
-            yield tools.call(scores.count_passes, recipe, *files, log=log, preloaded=True, threads=threads)
+def write_recipes(run: Run, stage: Stage) -> dict[str, str]:
+    """Write a stage's recipes and files into its folder; returns where everything lies."""
+    paths = run.paths(stage)
+    folder = Path(paths["stage"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, recipe in stage.recipes.items():
+        (folder / name).write_text(dump(placed(recipe, paths)), encoding="utf-8")
+    for name, text in stage.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return paths
 
 
-def check_labels(stage: Stage) -> dict[str, int]:
-    """How many of the labels have an answer to learn from.
+def go(run: Run, view: View, runner: LocalRunner | None = None) -> dict[str, Any]:
+    """Do what is left of a run; returns what `results.json` holds.
 
-    Raises:
-        LoopError: if the thinking checkpoint closed no trace at all.
-    """
-    closed, total = scores.closed_share(stage.folder / "samples", stage.recipes["recipe.yml"]["tasks"])
-    if not closed:
-        raise LoopError(
-            f"the thinking checkpoint {stage.inputs['thinking']} closed 0 of {total} traces (0 %): there is nothing to "
-            f"distill\nraise max_gen_toks in the generate recipe, lower --t, or see {stage.folder / 'samples'}"
-        )
-    return {"closed": closed, "total": total}
-
-
-def side_by_side(wave: list[Stage], run: RunDir, tools: Tools, view: report.View) -> Iterator[Stage]:
-    """Run stages that need nothing of one another at once; yields each as it ends.
-
-    Raises:
-        LoopError: of the first that failed, once the others have ended. Anything else, Ctrl-C above all, ends them.
-    """
-    threads = None if len(wave) == 1 else max(1, (os.cpu_count() or 1) // len(wave))
-    failed = None
-    with ThreadPoolExecutor(len(wave)) as pool:
-        try:
-            begun = {pool.submit(perform, stage, run, tools, view, threads): stage for stage in wave}
-            for ended in as_completed(begun):
-                try:
-                    ended.result()
-                except LoopError as error:
-                    failed = failed or error
-                else:
-                    yield begun[ended]
-        except BaseException:
-            tools.stop()
-            raise
-    if failed:
-        raise failed
-
-
-def run(config: LoopConfig, recipes: dict[str, Recipe], folder: RunDir, view: report.View) -> list[scores.Row]:
-    """Run, or continue, the whole loop; returns the rows of `results.json`.
+    Args:
+        run: as it was prepared.
+        view: is told what happens.
+        runner: one that was started already; else one is, if there is anything to do.
 
     Raises:
         LoopError: with what went wrong; what was finished stays finished.
     """
-    begun = time.monotonic()
-    config = check(config, folder)
-    continued = folder.open(asked(config, recipes))
-    todo = list(plan(config, recipes, folder))
-    pending = [stage for stage in todo if not folder.finished(stage.folder)]
-    view.begin(folder.root, config.iterations, len(todo), len(todo) - len(pending), continued)
-    if pending:
-        folder.note(versions=versions(), command=sys.argv)
-        with Tools(folder.logs / "preload.log") as tools:
-            view.preloading()
-            log = folder.logs / "tasks.log"
-            log.unlink(missing_ok=True)
-            include = str(config.include_path) if config.include_path else None
-            names = config.tasks + ([] if config.prompts_file else config.prompts)
+    todo = pending(run)
+    if todo:
+        checks.check_disk(run.store.root, run.pair["thinking"], sum(bool(s.kind.checkpoint) for s in todo.values()))
+    settings = run.config.model_dump(mode="json")
+    run.folder.note(asked=settings, steps=described(run), versions=versions())
+    run.folder.unlink_others({(step.iteration, step.name) for step in run.steps})
+    published = Published(run, view)
+    view.begin(run, todo)
+    published.look()
+    if todo:
+        run.folder.begin()
+        with ExitStack() as stack:
+            runner = runner or stack.enter_context(start_runner(run.folder))
+            view.preloading(runner.preloaded)
+            runner.wait()
+            needs = {key: [run.keys[s] for s in stage.needs() if run.keys[s] in todo] for key, stage in todo.items()}
+            free = schedule.slots(gpus(), run.config.jobs)
+            work = partial(perform, run, runner, view)
             try:
-                tools.call(checks.check_tasks, names, include, log=log)
-            except ToolError:
-                raise LoopError(" ".join(last_words(log))) from None
-            tools.wait()
-            for wave in stages.waves(pending, config.jobs):
-                for stage in side_by_side(wave, folder, tools, view):
-                    view.finished(stage, folder.finished(stage.folder) or {})
-                    publish(config, folder, todo)
-            folder.note(preload_s=tools.preload_s, busy_s=tools.busy_s)
-    folder.note(wall_s=(read_wall(folder) + time.monotonic() - begun))
-    rows = publish(config, folder, todo)
-    view.end(rows, [folder.finished(stage.folder) or {} for stage in todo], folder)
-    return rows
+                for _ in schedule.run(todo, needs, free, work, run.folder.tick):
+                    published.look()
+            except (KeyboardInterrupt, Stopped):
+                runner.stop()
+                raise
+            finally:
+                run.folder.tick(at_once=True)
+                view.close()
+            run.folder.note(preload_s=runner.preload_s, busy_s=runner.busy_s)
+    results = published.write()
+    view.end(run, results)
+    return results
 
 
-def read_wall(folder: RunDir) -> float:
-    """Wall seconds of earlier sittings of this run."""
-    return float(folder.noted().get("wall_s", 0.0))
+def start_runner(folder: RunDir) -> LocalRunner:
+    """The runner for this machine: preloaded where no accelerator is, as a fork cannot use one."""
+    return LocalRunner(folder.logs / "preload.log", preloaded=not has_accelerator())
 
 
-def publish(config: LoopConfig, folder: RunDir, todo: list[Stage]) -> list[scores.Row]:
-    """Write `results.json` and `report.html` from the stages that are done."""
-    done = [facts for stage in todo if (facts := folder.finished(stage.folder))]
-    rows: list[scores.Row] = [row for facts in done for row in facts.get("rows", [])]
-    wall = read_wall(folder) or sum(facts["wall_s"] for facts in done)
-    cost = None if config.usd_per_hour is None else round(wall / 3600 * config.usd_per_hour, 4)
-    results = {"rows": rows, "wall_s": round(wall, 3), "cost_usd": cost}
-    write_json(folder.results, results)
-    folder.report.write_text(report.page(folder.root.name, rows, done, results, folder.noted()), encoding="utf-8")
-    return rows
+class Published:
+    """`results.json` and `report.html`, as far as the run is."""
+
+    def __init__(self, run: Run, view: View):
+        """Nothing is published yet."""
+        self.run, self.view = run, view
+        self.rows: dict[str, list[outcomes.Row]] = {}  # by key
+        self.seen: set[tuple[int, str]] = set()
+
+    def look(self) -> None:
+        """Link and publish every step that is done and was not so far."""
+        new = False
+        for step in self.run.steps:
+            place = step.iteration, step.name
+            if place not in self.seen and (record := self.run.record(step)):
+                self.seen.add(place)
+                new = True
+                key = self.run.keys[step.stage]
+                self.run.folder.link(step.iteration, step.name, self.run.store.folder(key))
+                self.view.finished(step, record, self.rows_of(step, record))
+        if new:
+            self.write()
+
+    def rows_of(self, step: Step, record: dict[str, Any]) -> list[outcomes.Row]:
+        """The rows of one step: summed up from its outcomes, with what its stage says of each task."""
+        key = self.run.keys[step.stage]
+        if key not in self.rows:
+            found = step.stage.kind.outcomes(self.run.store.folder(key), step.stage, self.run.pair["instruct"])
+            more = record["facts"].get("per_task", {})
+            self.rows[key] = [{**row, **more.get(row["task"], {})} for row in outcomes.summary(found)]
+        where = {"iteration": step.iteration, "checkpoint": step.checkpoint}
+        return [{**where, **row} for row in self.rows[key]]
+
+    def write(self) -> dict[str, Any]:
+        """Write both files; returns what `results.json` holds."""
+        done = [(step, record) for step in self.run.steps if (record := self.run.record(step))]
+        rows = [row for step, record in done for row in self.rows_of(step, record)]
+        wall = self.run.folder.wall_s()
+        per_hour = self.run.config.usd_per_hour
+        cost = None if per_hour is None else round(wall / 3600 * per_hour, 4)
+        results = {"rows": rows, "wall_s": round(wall, 3), "cost_usd": cost}
+        with disk_errors(self.run.folder.root):
+            write_json(self.run.folder.results, results)
+            text = page.page(self.run.folder.root.name, rows, done, results, self.run.folder.noted())
+            self.run.folder.report.write_text(text, encoding="utf-8")
+        return results
+
+
+def dry(run: Run) -> Sequence[str]:
+    """Write the recipes of what is left to do, and say what to type: every line can be pasted."""
+    import shlex
+
+    lines = ["export AXOLOTL_DO_NOT_TRACK=1"]
+    for key, stage in pending(run).items():
+        step = next(step for step in run.wanted if step.stage is stage)
+        paths = write_recipes(run, stage)
+        folder = run.store.folder(key)
+        lines += [f"# iteration {step.iteration}, {step.name}"]
+        lines += [shlex.join(command) for command in commands(stage, paths)]
+        lines += [shlex.join(["mv", str(folder / source), str(folder / target)]) for source, target in stage.renames]
+    return lines

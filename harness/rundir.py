@@ -1,81 +1,40 @@
-"""The run directory: the only state a run has.
+"""One run's folder: what was asked of it, which stages it has, and how it went.
 
-    run.json                 what was asked, resolved: settings, versions, fingerprints of every input
-    results.json             one row per iteration × checkpoint × task
-    report.html              the same to look at
-    iter_NN/STAGE/           a stage's recipes, log and outputs
-    iter_NN/STAGE/stage.json written last, in one step: what has one is done, what has none never happened
+    run.json        what was asked, resolved: settings, the stages with what each reads, versions, sittings
+    results.json    one row per iteration × checkpoint × task
+    report.html     the same to look at
+    iter_NN/NAME    a link to the stage in the store
 
-A stage works in its final place, so that the commands and paths in its recipes stay true afterwards; one that did not
-finish is cleared away before it runs again.
+Knows this folder. What is done is the store's to know: a run that is taken away takes no stage with it.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from harness.errors import LoopError
+from harness.files import disk_errors, read_json, write_json
+from harness.stages import differences
+from harness.store import link
 
-CHUNK = 1 << 20
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one step: a reader, or a crash, sees the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value, None if the file is missing.
-
-    Raises:
-        LoopError: if it is there and cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise LoopError(f"{path}: cannot be read ({error}); restore it, or start anew with another --name") from None
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's content, or of a folder's file names and contents, in hexadecimal."""
-    if path.is_dir():
-        return combine(digests(path))
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            total.update(chunk)
-    return total.hexdigest()
-
-
-def combine(values: dict[str, str]) -> str:
-    """One digest for a folder, from the digests of its files."""
-    return hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in sorted(values.items())).encode()).hexdigest()
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """The digest of every file below a folder, by its path inside the folder."""
-    return {str(p.relative_to(folder)): digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+BEAT_S = 5.0  # between two notes of how long this sitting has lasted
 
 
 class RunDir:
-    """One run's folder."""
+    """One run's folder, which need not exist yet."""
 
     def __init__(self, root: Path):
-        """`root` need not exist yet."""
+        """`root` is OUT/NAME."""
         self.root = root
-        self._known: dict[str, str] = {}
+        self._sitting = f"{os.getpid()}-{time.time_ns()}"
+        self._begun: float | None = None
+        self._beat = 0.0
 
     @property
     def results(self) -> Path:
@@ -92,90 +51,94 @@ class RunDir:
         """Logs of what belongs to no stage."""
         return self.root / "logs"
 
-    def stage(self, iteration: int, name: str) -> Path:
-        """The folder of one stage."""
-        return self.root / f"iter_{iteration:02d}" / name
-
-    def finished(self, folder: Path) -> dict[str, Any] | None:
-        """A finished stage's `stage.json`, None if it has not finished."""
-        done: dict[str, Any] | None = read_json(folder / "stage.json")
-        return done
-
-    def open(self, asked: dict[str, Any]) -> bool:
-        """Begin the run, or continue one that was asked the same; True if it continues.
-
-        More iterations than before are a continuation; anything else that differs is another run.
+    def noted(self) -> dict[str, Any]:
+        """Everything `run.json` holds.
 
         Raises:
-            LoopError: if the folder holds a run that was asked something else, or cannot be written.
+            LoopError: if it cannot be read, or is of a version whose stages lay elsewhere.
         """
-        before = read_json(self.root / "run.json")
-        if before is not None:
-            old, new = before["asked"], json.loads(json.dumps(asked, default=str))
-            for key in sorted({*old, *new} - {"iterations"}):
-                if old.get(key) != new.get(key):
-                    was, now = _short(old.get(key)), _short(new.get(key))
-                    raise LoopError(
-                        f"{self.root} holds a run with another {key} ({was}, now {now})"
-                        "\ngive this one another --name, or remove that folder"
-                    )
-        with disk_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            write_json(self.root / "run.json", {**(before or {}), "asked": asked})
-        return before is not None
+        noted: dict[str, Any] = read_json(self.root / "run.json") or {}
+        if noted and "steps" not in noted:
+            raise LoopError(
+                f"{self.root} was made by an earlier version, whose stages lay in the run itself\n"
+                "give this run another --name"
+            )
+        return noted
 
     def note(self, **facts: Any) -> None:
-        """Add facts to `run.json` beside what was asked."""
+        """Add facts to `run.json`."""
         with disk_errors(self.root):
-            write_json(self.root / "run.json", {**self.noted(), **facts})
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / ".run.lock"):
+                write_json(self.root / "run.json", {"steps": [], **self.noted(), **facts})
 
-    def noted(self) -> dict[str, Any]:
-        """Everything `run.json` holds."""
-        return read_json(self.root / "run.json") or {}
+    def begin(self) -> None:
+        """Work begins: from here on time counts."""
+        self._begun = time.monotonic()
+        self.tick(at_once=True)
 
-    def fingerprint(self, path: Path) -> str:
-        """The digest of an input; a finished stage's output is not read again, its `stage.json` has the hashes."""
-        for folder in path.parents:
-            if folder.parent.parent == self.root and (done := self.finished(folder)):
-                prefix = f"{path.relative_to(folder)}/"
-                return combine({k.removeprefix(prefix): v for k, v in done["outputs"].items() if k.startswith(prefix)})
-        if str(path) not in self._known:
-            self._known[str(path)] = digest(path)
-        return self._known[str(path)]
+    def tick(self, at_once: bool = False) -> None:
+        """Note how long this sitting has lasted, now and then: what kills it does not take its time away."""
+        if self._begun is None or not (at_once or time.monotonic() >= self._beat):
+            return
+        self._beat = time.monotonic() + BEAT_S
+        lasted = round(time.monotonic() - self._begun, 3)
+        self.note(sittings={**self.noted().get("sittings", {}), self._sitting: lasted})
 
-    @contextmanager
-    def working(self, folder: Path) -> Iterator[dict[str, Any]]:
-        """Clear a stage's folder, let the body fill it, and mark it done with the facts the body noted.
+    def wall_s(self) -> float:
+        """Wall seconds of all sittings in which this run did something."""
+        return float(sum(self.noted().get("sittings", {}).values()))
 
-        The facts get the hashes of everything the stage left. If the body raises, the folder stays, unmarked, with
-        its log.
-        """
-        facts: dict[str, Any] = {}
-        with disk_errors(folder):
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
-            yield facts
-            facts["outputs"] = digests(folder)
-            write_json(folder / "stage.json", facts)
+    def link(self, iteration: int, name: str, folder: Path) -> None:
+        """Let a stage be found in its iteration."""
+        with disk_errors(self.root):
+            link(self.root / f"iter_{iteration:02d}" / name, folder)
 
-
-@contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn the file system's refusals into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LoopError(
-                f"no disk space left while writing {where}\nfree some and run the same command again: it continues"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise LoopError(f"{where}: cannot be written ({error.strerror}); choose another folder by --out") from None
-        raise
+    def unlink_others(self, kept: set[tuple[int, str]]) -> None:
+        """Drop the links of steps that this run no longer has."""
+        for place in self.root.glob("iter_*/*"):
+            if place.is_symlink() and (int(place.parent.name.removeprefix("iter_")), place.name) not in kept:
+                place.unlink()
+                if not any(place.parent.iterdir()):
+                    place.parent.rmdir()
 
 
-def _short(value: Any) -> str:
-    """A value as an error line can bear it."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+def why(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why a run's stages are other ones than they were, a line a cause: "distill: learning_rate 0.002 → 0.001".
+
+    Args:
+        old: the steps of `run.json` as they were: iteration, name, key, reads.
+        new: as they are.
+
+    Returns:
+        A line a cause, the same of several iterations once. What changed only because of an earlier stage is none.
+    """
+    before = {(step["iteration"], step["name"]): step for step in old}
+    renamed: dict[str, str] = {}
+    lines: list[str] = []
+    for step in new:
+        was = before.get((step["iteration"], step["name"]))
+        if was is None or was["key"] == step["key"]:
+            continue
+        renamed[was["key"]] = step["key"]
+        lines += [f"{step['name']}: {line}" for line in _causes(was["reads"], step["reads"], renamed)]
+    return list(dict.fromkeys(lines))
+
+
+def _causes(old: Mapping[str, Any], new: Mapping[str, Any], renamed: Mapping[str, str]) -> list[str]:
+    lines = []
+    for file in dict.fromkeys([*old["recipes"], *new["recipes"]]):
+        lines += differences(old["recipes"].get(file, {}), new["recipes"].get(file, {}))
+    for name in dict.fromkeys([*old["inputs"], *new["inputs"]]):
+        was, now = old["inputs"].get(name), new["inputs"].get(name)
+        stage, _, inside = str(was).partition("/")
+        if was != now and f"{renamed.get(stage)}/{inside}" != now:
+            lines.append(f"{name} is another one" if was and now else f"reads {name} {'now' if now else 'no more'}")
+    for name, group in (("files", "other prompts"), ("tasks", "its definition changed"), ("tools", "")):
+        for item in dict.fromkeys([*old[name], *new[name]]):
+            was, now = old[name].get(item), new[name].get(item)
+            if was != now:
+                lines.append(f"{item} {was} → {now}" if name == "tools" else f"{item}: {group}")
+    if old["commands"] != new["commands"] and not lines:
+        lines.append("its commands changed")
+    return lines

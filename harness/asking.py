@@ -1,0 +1,149 @@
+"""A checkpoint is asked questions by lm-eval: the config for it, and the files that lm-eval leaves.
+
+Knows lm-eval's config keys and its output folder. Leaves to others: which checkpoint and tasks (`plan`), what an answer
+is worth (`outcomes`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import StageError
+from harness.stages import OWN, External, Recipe, Source, slot
+
+RECIPE = "recipe.yml"
+ANSWERS = "answers"  # the folder inside a stage's that lm-eval fills
+NF4_COPY = "nf4"
+DATE = "[0-9][0-9][0-9][0-9]-*"  # how lm-eval ends its file names; a task may be named as another's beginning
+TOOLS = ("lm_eval", "transformers", "torch", "datasets", "thinkswitch_plugin")
+PHASES = {
+    "Building contexts": "questions written out",
+    "Running generate_until": "questions answered",
+    "Generating": "questions answered",
+    "Loading": "weights loaded",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every checkpoint of a run is asked.
+
+    Attributes:
+        seed: of sampling and of lm-eval's own choices.
+        nf4: answer with the linear layers in NF4, of a copy made first.
+        limit: only so many questions a task; None for all.
+        include_path: a folder with tasks of the user's.
+    """
+
+    seed: int
+    nf4: bool = False
+    limit: int | None = None
+    include_path: Path | None = None
+
+
+def recipe_for(recipe: Recipe, settings: Settings, tasks: Sequence[str]) -> tuple[Recipe, dict[str, Source]]:
+    """An lm-eval config for the input `checkpoint` and these tasks, and what it reads beside that."""
+    result = copy.deepcopy(recipe)
+    inputs: dict[str, Source] = {}
+    result["model_args"] = {**result.get("model_args", {}), "pretrained": slot("checkpoint")}
+    result["tasks"] = list(tasks)
+    result["output_path"] = f"{OWN}/{ANSWERS}/results.json"  # a .json: no further folder named after the model
+    result["log_samples"] = True
+    result["seed"] = [settings.seed] * 4
+    if settings.limit is not None:
+        result["limit"] = settings.limit
+    if settings.include_path:
+        result["include_path"] = slot("include_path")
+        inputs["include_path"] = External(str(settings.include_path), "tasks")  # whose definitions the key holds
+    return result, inputs
+
+
+def commands_for(recipe: Recipe, nf4: bool) -> list[tuple[str, ...]]:
+    """The commands that ask what a recipe says; `nf4`: of an NF4 copy, which is made first and put into the recipe."""
+    ask = ("lm_eval", "run", "--config", f"{OWN}/{RECIPE}")
+    if not nf4:
+        return [ask]
+    recipe["model_args"]["pretrained"] = f"{OWN}/{NF4_COPY}"
+    return [("axolotl", "nf4", slot("checkpoint"), f"{OWN}/{NF4_COPY}"), ask]
+
+
+def device_of(recipe: Recipe) -> Any:
+    """ "cpu" where a recipe says that it wants no accelerator."""
+    return "cpu" if recipe.get("device") == "cpu" else "gpu"
+
+
+def asked_tasks(folder: Path) -> dict[str, int]:
+    """The tasks whose questions were asked, with how many there were: a group counts as its members.
+
+    Raises:
+        StageError: if lm-eval left no results, or half of them.
+    """
+    files = sorted(folder.glob("results_*.json"))
+    if not files:
+        raise StageError(f"{folder}: lm-eval left no results; its log is beside that folder")
+    try:
+        results = json.loads(files[-1].read_text(encoding="utf-8"))
+        counts = results.get("n-samples", {})
+        return {task: int(counts.get(task, {}).get("effective", -1)) for task in results["configs"]}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise StageError(f"{files[-1]}: not whole; remove that folder and run the same command again") from None
+
+
+def samples(folder: Path, task: str, count: int = -1) -> Iterator[dict[str, Any]]:
+    """The logged samples of one task, first filter only, in the order of the questions.
+
+    Args:
+        folder: what lm-eval filled.
+        task: its name.
+        count: how many there must be; -1 if nobody says.
+
+    Raises:
+        StageError: if lm-eval left none, fewer than it asked, or a line that is not whole.
+    """
+    files = sorted(folder.glob(f"samples_{task}_{DATE}.jsonl"))
+    if not files:
+        raise StageError(f"{folder}: lm-eval left no samples of {task}; its log is beside that folder")
+    first = None
+    seen = 0
+    with files[-1].open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                again = "remove that folder and run the same command again"
+                raise StageError(f"{files[-1]}:{number}: not whole; {again}") from None
+            first = first or row.get("filter")
+            if row.get("filter") == first:
+                seen += 1
+                yield row
+    if count not in (-1, seen):
+        raise StageError(
+            f"{files[-1]}: has {seen} of the {count} questions that were asked; was the disk full? "
+            "remove that folder and run the same command again"
+        )
+
+
+def texts(sample: Mapping[str, Any], task: str) -> list[str]:
+    """Every answer the model wrote to one question.
+
+    Raises:
+        StageError: if one is no text.
+    """
+    written = sample["resps"][0] if sample["resps"] else []
+    for text in written:
+        if not isinstance(text, str):
+            raise StageError(
+                f"{task}: question {sample.get('doc_id')}: the model gave no answer (null); "
+                "see that stage's log, and the server's if one answered"
+            )
+    return list(written)
+
+
+def prompt_of(sample: Mapping[str, Any]) -> Any:
+    """What the model was asked, as it was asked: a text, or messages of a server."""
+    return sample["arguments"]["gen_args_0"]["arg_0"]

@@ -1,0 +1,90 @@
+"""The command `ts-loop`: options in, exit code out. A module a command; without one, the loop itself.
+
+Exit codes: 0 done; 1 a stage failed; 2 refused, and nothing was run; 128 + n stopped by signal n (130 Ctrl-C, 143
+SIGTERM, 129 SIGHUP).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import click
+from click.core import ParameterSource
+
+from harness.cli import gc, logs, loop, status, think_map
+from harness.errors import LoopError, Stopped
+
+EPILOG = """\b
+Examples:
+  ts-loop --iters 3                              the embedded pair, about two minutes on a CPU
+  ts-loop --dry-run                              the native commands, and nothing run
+  ts-loop --limit 20 --iters 1 --name smoke      does everything work? 20 questions and prompts
+  ts-loop --set distill.learning_rate=1e-3       a recipe's own setting; what depends on it runs again
+  ts-loop --instruct Qwen/Qwen3-4B-Instruct-2507 --thinking Qwen/Qwen3-4B-Thinking-2507
+          --config recipes/qwen3_4b/loop.yml     the paper's pair, on one GPU
+  ts-loop --prompts mine.jsonl --tasks my_task --include-path my_tasks/
+
+\b
+Run again with the same --name and it continues where it stopped; what a change makes stale runs again, nothing else.
+Exit codes: 0 done, 1 a stage failed, 2 refused before anything ran, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
+Completion for your shell: eval "$(_TS_LOOP_COMPLETE=bash_source ts-loop)"   (or zsh_source, fish_source)
+"""
+
+
+class Group(click.Group):
+    """A group whose own options are the loop's: they do not go with another command."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Refuse the loop's options before any other command than the loop."""
+        if ctx._protected_args:
+            for parameter in self.params:
+                if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
+                    other = ctx._protected_args[0]
+                    raise click.UsageError(f"{parameter.opts[0]} is the loop's, not an option of {other}")
+        return super().invoke(ctx)
+
+
+command = Group(
+    name="ts-loop",
+    callback=loop.callback,
+    params=loop.PARAMETERS,
+    help=loop.HELP,
+    invoke_without_command=True,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    commands=[status.command, logs.command, gc.command, think_map.command],
+)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def main() -> None:
+    """Entry point: every expected failure is one or two lines on standard error and a non-zero exit."""
+    if sys.platform != "linux":
+        click.echo(
+            "ts-loop: needs Linux (bitsandbytes, process groups that end with it); on Windows use WSL 2", err=True
+        )
+        sys.exit(2)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _stop)
+    code: object = 0
+    try:
+        code = command.main(standalone_mode=False)
+    except LoopError as error:
+        click.echo(f"ts-loop: {error}", err=True)
+        code = error.code
+    except (KeyboardInterrupt, click.Abort, Stopped) as stopped:
+        click.echo("ts-loop: stopped; what is finished is kept, run the same command again to continue", err=True)
+        code = stopped.code if isinstance(stopped, Stopped) else 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has seen enough
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,85 @@
+"""Files that a crash cannot halve: JSON in one step, and bytes that are on the disk before anyone says so.
+
+Knows the file system and its refusals. Knows nothing of what is in a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness.errors import LoopError, StageError
+
+CHUNK_BYTES = 1 << 20
+
+
+def write_json(path: Path, value: Any, durable: bool = False) -> None:
+    """Write JSON in one step: a reader, or a crash, sees the old file or the new one, never half of one.
+
+    `durable`: it is on the disk when this returns.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    if durable:
+        sync(beside)
+    os.replace(beside, path)
+    if durable:
+        sync(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value, None if the file is missing.
+
+    Raises:
+        LoopError: if it is there and cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise LoopError(f"{path}: cannot be read ({error}); restore it, or start anew with another --name") from None
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        total = hashlib.sha256()
+        while chunk := file.read(CHUNK_BYTES):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+def below(folder: Path) -> list[Path]:
+    """Every file below a folder, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn the file system's refusals into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StageError(
+                f"no disk space left while writing {where}\nfree some and run the same command again: it continues"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise LoopError(f"{where}: cannot be written ({error.strerror}); choose another folder by --out") from None
+        raise

@@ -1,0 +1,350 @@
+"""The process under which every command of one `ts-loop` runs: none outlives it, and it does not outlive `ts-loop`.
+
+Knows Linux processes and nothing of stages. `runner` starts it as `python -m harness.keeper FD` and speaks with it in
+lines of JSON over the socket FD:
+
+    → {"run": id, "command": […], "environment": {…}, "log": path, "hold": path or null}
+    → {"stop": id}
+    ← {"ready": true}
+    ← {"started": id, "pid": …}
+    ← {"ended": id, "code": exit code or -signal, "cpu_s": …, "peak_mb": …}
+
+Three facts of Linux make it sure. It is a *child subreaper*: whatever a command starts and abandons, in a session of
+its own or not, becomes its child. It gets a signal when `ts-loop` dies, even of SIGKILL, and its commands when it dies
+itself. And what of a command is still alive when the command has ended is killed before the end is reported; until
+then the keeper holds the lock file `hold`, so that nobody else writes where a dying command still might.
+
+With `--preload` it imports the tools once and every command is then a fork of it, with a process's isolation and none
+of its ten seconds of imports. That is for machines without an accelerator: importing bitsandbytes and torchao
+initialises CUDA, and a fork of a process that has done so cannot use it. Without `--preload` it imports nothing and a
+command is a program like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import importlib
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from importlib.metadata import entry_points
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+# What a bare command imports before its first useful line. One that cannot be imported is the command's to complain of.
+PRELOAD = [
+    "axolotl.cli.main",
+    "axolotl.cli.train",
+    "axolotl.cli.merge_lora",
+    "axolotl.core.builders.causal",
+    "axolotl.prompt_strategies.chat_template",
+    "axolotl.utils.schemas.config",
+    "thinkswitch_plugin.trace_stripping.plugin",
+    "thinkswitch_plugin.trace_stripping.strategy",
+    "thinkswitch_plugin.on_policy_kl.plugin",
+    "thinkswitch_plugin.on_policy_kl.strategy",
+    "thinkswitch_plugin.on_policy_kl.trainer",
+    "bitsandbytes",
+    "peft",
+    "transformers.models.qwen3.modeling_qwen3",
+    "lm_eval.__main__",
+    "lm_eval._cli.run",
+    "lm_eval.evaluator",
+    "lm_eval.models.huggingface",
+    "lm_eval.loggers",
+    "mergekit.scripts.run_yaml",
+    "mergekit.merge",
+]
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+PATIENCE_S = 3.0  # between asking a command to end and killing it
+MARK = "TS_LOOP_COMMAND"  # in the environment of all that a command starts
+MIB = 2**20
+
+
+class Command:
+    """One command that runs."""
+
+    def __init__(self, number: int, pid: int, hold: FileLock | None):
+        """`pid` leads a session of its own; `hold` is locked and is let go once nothing of the command is alive."""
+        self.number, self.pid, self.hold = number, pid, hold
+        self.kill_at: float | None = None
+        self.mark = mark_of(number)
+
+    def owns(self, process: psutil.Process) -> bool:
+        """Whether an orphan was started by this command: in its session, or by what its environment says."""
+        with contextlib.suppress(OSError, psutil.Error):
+            return os.getsid(process.pid) == self.pid or process.environ().get(MARK) == self.mark
+        return False
+
+
+def mark_of(number: int) -> str:
+    """How the processes of a command are told from another one's."""
+    return f"{os.getpid()}:{number}"
+
+
+class Keeper:
+    """Runs commands as it is told, until the other side of its socket is gone."""
+
+    def __init__(self, link: socket.socket, preloaded: bool):
+        """`link` is a connected stream socket."""
+        self.link, self.preloaded = link, preloaded
+        self.running: dict[int, Command] = {}  # by pid
+        self.pending = b""
+
+    def serve(self) -> None:
+        """Take orders and report ends."""
+        wake, wake_writer = os.pipe()
+        os.set_blocking(wake, False)
+        os.set_blocking(wake_writer, False)
+        signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        while True:
+            deadlines = [command.kill_at for command in self.running.values() if command.kill_at]
+            wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+            readable, _, _ = select.select([self.link.fileno(), wake], [], [], wait)
+            if wake in readable:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(wake, 65536)
+            self.reap()
+            self.kill_the_stubborn()
+            if self.link.fileno() in readable and not self.take_orders():
+                return
+
+    def take_orders(self) -> bool:
+        """Carry out what was sent; False once there is nobody to send anything."""
+        try:
+            received = self.link.recv(1 << 16)
+        except ConnectionError:
+            return False
+        if not received:
+            return False
+        *lines, self.pending = (self.pending + received).split(b"\n")
+        for line in lines:
+            order = json.loads(line)
+            if "run" in order:
+                self.start(order)
+            else:
+                for command in self.running.values():
+                    if command.number == order["stop"]:
+                        self.stop(command)
+        return True
+
+    def say(self, **facts: Any) -> None:
+        """Tell the other side; if it is gone, the next order says so."""
+        with contextlib.suppress(OSError):
+            self.link.sendall(json.dumps(facts).encode() + b"\n")
+
+    def start(self, order: dict[str, Any]) -> None:
+        """Fork a child that is, or becomes, the command."""
+        hold = FileLock(order["hold"]) if order.get("hold") else None
+        if hold:
+            hold.acquire()
+        number = order["run"]
+        environment = {**order["environment"], MARK: mark_of(number)}
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            for name in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(name, signal.SIG_DFL)
+            self.link.close()
+            become(order["command"], environment, order["log"], self.preloaded)
+        self.running[pid] = Command(number, pid, hold)
+        self.say(started=number, pid=pid)
+
+    def stop(self, command: Command) -> None:
+        """Ask all of a command to end; `kill_the_stubborn` follows up."""
+        if command.kill_at is None:
+            command.kill_at = time.monotonic() + PATIENCE_S
+            send(signal.SIGTERM, tree(command.pid))
+
+    def kill_the_stubborn(self) -> None:
+        """Kill what was asked to end and has not."""
+        for command in self.running.values():
+            if command.kill_at and command.kill_at <= time.monotonic():
+                command.kill_at = time.monotonic() + PATIENCE_S
+                send(signal.SIGKILL, tree(command.pid))
+
+    def reap(self) -> None:
+        """Take note of every child that has ended, a command or an orphan of one."""
+        while True:
+            try:
+                pid, status, used = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if command := self.running.pop(pid, None):
+                self.clear_after(command)
+                code = os.waitstatus_to_exitcode(status)
+                cpu_s = used.ru_utime + used.ru_stime
+                self.say(ended=command.number, code=code, cpu_s=cpu_s, peak_mb=used.ru_maxrss * 1024 / MIB)
+
+    def clear_after(self, command: Command) -> None:
+        """Kill what a command left behind, then let its folder go."""
+        deadline = time.monotonic() + PATIENCE_S
+        while left := [p for p in self.orphans() if command.owns(p)]:
+            send(signal.SIGKILL, [process for orphan in left for process in tree(orphan.pid)])
+            for process in left:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, os.WNOHANG)
+            if time.monotonic() > deadline:
+                break  # not to be killed: it waits for a disk
+            time.sleep(0.01)
+        if command.hold:
+            command.hold.release()
+
+    def orphans(self) -> list[psutil.Process]:
+        """Children that are not commands: they were adopted."""
+        return [p for p in psutil.Process().children() if p.pid not in self.running]
+
+
+def send(number: int, processes: list[psutil.Process]) -> None:
+    """Signal processes, of which some may be gone."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and everything it has started that has not lost its parent since; empty if it is gone."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def end_everything() -> None:
+    """Kill all descendants, adopted ones too, until there are none: nobody is left to wait for them."""
+    deadline = time.monotonic() + 8.0
+    while (left := tree(os.getpid())[1:]) and time.monotonic() < deadline:
+        send(signal.SIGKILL, left)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.01)
+
+
+def become(command: list[str], environment: dict[str, str], log: str, preloaded: bool) -> None:
+    """In the fork: a session of its own, output to the log, and then the command. Never returns."""
+    code = 1
+    try:
+        os.setsid()
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ.update(environment)
+        if preloaded:
+            code = in_process(command)
+        elif program := sys.executable if command[0] == "python" else shutil.which(command[0]):
+            os.execv(program, command)
+        else:
+            os.write(2, missing(command[0]).encode() + b"\n")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)  # not sys.exit: a tool's atexit handlers and threads must not keep a finished command alive
+
+
+def missing(name: str) -> str:
+    """What to say of a command that is not there."""
+    return f"{name}: command not found; install thinkswitch again"
+
+
+def in_process(command: list[str]) -> int:
+    """Call a console script as a shell's launcher does, or a module as `python -m` does; returns the exit code."""
+    if (threads := os.environ.get("OMP_NUM_THREADS")) and (torch := sys.modules.get("torch")):
+        torch.set_num_threads(int(threads))  # it read the variable when it was imported
+    sys.argv = list(command)
+    code: object = 0
+    try:
+        if command[:2] == ["python", "-m"]:
+            sys.argv = command[2:]
+            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+        else:
+            found = [script for script in entry_points(group="console_scripts") if script.name == command[0]]
+            code = found[0].load()() if found else missing(command[0])
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def preload() -> None:
+    """Import the tools, and read lm-eval's task files once: it reads all 13,000 of them in every call."""
+    for name in PRELOAD:
+        try:
+            importlib.import_module(name)
+        except Exception:
+            traceback.print_exc()
+    try:
+        from lm_eval.tasks import TaskManager
+
+        # There is no hook: a TaskManager always indexes lm-eval's own folder, and so twice is the same.
+        reader = TaskManager.__new__(TaskManager)
+        index = functools.cache(functools.partial(TaskManager._get_task_and_group, reader))
+        TaskManager._get_task_and_group = staticmethod(index)
+        TaskManager()
+    except Exception:
+        traceback.print_exc()
+
+
+def prctl(option: int, value: int) -> None:
+    """Linux's prctl(2)."""
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def main() -> None:
+    """The process: see the module."""
+    parser = argparse.ArgumentParser(description="The process under which ts-loop's commands run.")
+    parser.add_argument("fd", type=int)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--preload", action="store_true")
+    options = parser.parse_args()
+
+    def leave(*_: object) -> None:
+        end_everything()
+        os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != options.parent:  # it died before it could be watched
+        os._exit(0)
+    link = socket.socket(fileno=options.fd)
+    link.set_inheritable(False)
+    keeper = Keeper(link, options.preload)
+    if options.preload:
+        preload()
+    keeper.say(ready=True)
+    try:
+        keeper.serve()
+    finally:
+        leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""One row a question, from what lm-eval left of an evaluation; and the rows of `results.json`, summed up from those.
+
+Knows the one rule every task is held to whoever wrote it: what follows the trace is graded, and an answer whose prompt
+opened a trace that never closed is wrong. Leaves grading to the tasks, and to `grading` where a task cannot know of
+traces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.asking import asked_tasks, prompt_of, samples, texts
+from harness.errors import StageError
+from harness.stats import interval
+from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, split_trace
+
+Row = dict[str, Any]
+Counter = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one question of one task went.
+
+    Attributes:
+        task: its name.
+        question: a hash of the question, the same in every run that asks it.
+        score: in [0, 1]; the mean over the answers where a question was asked more than once.
+        answers: how many answers there are; the four below are sums over them.
+        closed: traces that closed with an answer after them.
+        truncated: traces that never closed.
+        trace_tokens: of the traces, by the checkpoint's own tokenizer; None where it has none to read.
+        answer_tokens: of what follows them.
+    """
+
+    task: str
+    question: str
+    score: float
+    answers: int
+    closed: int
+    truncated: int
+    trace_tokens: int | None
+    answer_tokens: int | None
+
+
+def opened_trace(sample: Mapping[str, Any]) -> bool:
+    """Whether the prompt had opened the answer's trace: the task says so, or else the prompt as it was logged."""
+    prompt = prompt_of(sample)
+    ends_open = isinstance(prompt, str) and prompt.rstrip().endswith(tuple(opening for opening, _ in DEFAULT_TAGS))
+    return bool(sample["doc"].get("trace_opened", ends_open))
+
+
+def closed_share(folder: Path, tasks: Iterable[str]) -> tuple[int, int]:
+    """How many answers to the training prompts closed their trace, and how many there are."""
+    closed = total = 0
+    counts = asked_tasks(folder)
+    for task in tasks:
+        for sample in samples(folder, task, counts.get(task, -1)):
+            opened = opened_trace(sample)
+            statuses = [split_trace(text, opened).status for text in texts(sample, task)]
+            closed += statuses.count("closed")
+            total += len(statuses)
+    return closed, total
+
+
+def read(folder: Path, checkpoint: Path | None, graded: Path | None = None) -> list[Outcome]:
+    """The outcomes of one checkpoint's evaluation, in the order of the tasks and their questions.
+
+    Args:
+        folder: what lm-eval filled.
+        checkpoint: whose tokenizer counts; None if nothing is to be counted.
+        graded: what `grading` left, for the tasks it was asked for.
+
+    Raises:
+        StageError: if lm-eval's output is missing or not whole, or a score is no number from 0 to 1.
+    """
+    count = token_counter(checkpoint) if checkpoint else None
+    again = read_grades(graded) if graded else {}
+    found = []
+    for task, n in asked_tasks(folder).items():
+        for sample in samples(folder, task, n):
+            scores = again[task][sample["doc_id"]] if task in again else None
+            found.append(outcome(task, sample, scores, count))
+    return found
+
+
+def outcome(task: str, sample: Mapping[str, Any], scores: list[float] | None, count: Counter | None) -> Outcome:
+    """One question's; `scores` are its answers', None where lm-eval's own score of the first one counts."""
+    opened = opened_trace(sample)
+    answers = texts(sample, task)
+    traces = [split_trace(text, opened) for text in answers]
+    if scores is None:
+        scores = [own_score(task, sample)] * len(answers)
+    # Whatever number unfinished reasoning holds.
+    scores = [0.0 if trace.status == "unclosed" else score for trace, score in zip(traces, scores, strict=True)]
+    whole = rest = None
+    if count:
+        whole = sum(map(count, answers))
+        rest = sum(count(trace.answer or "") if trace.reasoning is not None else 0 for trace in traces)
+        rest += sum(count(text) for text, trace in zip(answers, traces, strict=True) if trace.reasoning is None)
+    return Outcome(
+        task=task,
+        question=str(sample.get("doc_hash") or sample.get("doc_id")),
+        score=math.fsum(scores) / len(scores),
+        answers=len(answers),
+        closed=sum(trace.status == "closed" for trace in traces),
+        truncated=sum(trace.status == "unclosed" for trace in traces),
+        trace_tokens=None if whole is None or rest is None else max(0, whole - rest),
+        answer_tokens=rest,
+    )
+
+
+def own_score(task: str, sample: Mapping[str, Any]) -> float:
+    """The first metric that a task names, of one question.
+
+    Raises:
+        StageError: if it is no number from 0 to 1.
+    """
+    metric = sample["metrics"][0]
+    return checked_score(task, metric, sample[metric])
+
+
+def checked_score(task: str, metric: str, value: Any) -> float:
+    """A metric's value of one question, which must be a number from 0 to 1 (`StageError` else)."""
+    if not isinstance(value, int | float):
+        raise StageError(f"{task}: its first metric, {metric}, is not a number per question; name one that is first")
+    if not 0 <= value <= 1:
+        raise StageError(
+            f"{task}: its first metric, {metric}, is {value:g} on a question, outside 0 to 1: "
+            "it is no share of right answers; name one that is first"
+        )
+    return float(value)
+
+
+def read_grades(file: Path) -> dict[str, dict[int, list[float]]]:
+    """The scores that `grading` left: by task and number of the question, one an answer.
+
+    Raises:
+        StageError: if the file is missing or not whole.
+    """
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        grades: dict[str, dict[int, list[float]]] = {}
+        for row in rows:
+            scores = [checked_score(row["task"], row["metric"], score) for score in row["scores"]]
+            grades.setdefault(row["task"], {})[row["doc_id"]] = scores
+        return grades
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StageError(f"{file}: missing or not whole; remove its folder and run the same command again") from None
+
+
+def summary(outcomes: Iterable[Outcome]) -> list[Row]:
+    """The rows of `results.json` for one checkpoint of one iteration, one a task, without where they belong.
+
+    `tokens_per_answer` counts the whole text the model wrote, trace included; `trace_tokens` of it are the trace's.
+    """
+    by_task: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        by_task.setdefault(one.task, []).append(one)
+    rows = []
+    for task, mine in by_task.items():
+        n, answers = len(mine), sum(one.answers for one in mine)
+        correct = math.fsum(one.score for one in mine)
+        low, high = interval([one.score for one in mine])
+        counted = all(one.answer_tokens is not None for one in mine)
+        trace = sum(one.trace_tokens or 0 for one in mine) / answers
+        rest = sum(one.answer_tokens or 0 for one in mine) / answers
+        rows.append(
+            {
+                "task": task,
+                "n": n,
+                "correct": int(correct) if correct == int(correct) else correct,
+                "accuracy": correct / n,
+                "ci95": [low, high],
+                "tokens_per_answer": trace + rest if counted else None,
+                "trace_tokens": trace if counted else None,
+                "closed_traces": sum(one.closed for one in mine) / answers,
+                "truncated": sum(one.truncated for one in mine) / answers,
+            }
+        )
+    return rows
+
+
+def token_counter(checkpoint: Path) -> Counter | None:
+    """Counts tokens with a checkpoint's own tokenizer; None where it has no tokenizer.json to read."""
+    from tokenizers import Tokenizer
+
+    file = checkpoint / "tokenizer.json"
+    if not file.is_file():
+        return None
+    tokenizer = Tokenizer.from_file(str(file))
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)

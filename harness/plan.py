@@ -1,0 +1,116 @@
+"""Which stages a run has. Pure: what there is to read was found out before, what is done is the store's to know.
+
+    iteration 0   evaluate the pair as it came
+    iteration k   generate → distill → reconstruct → evaluate
+
+The thinking checkpoint of iteration k-1 labels the prompts, the instruct checkpoint of iteration k-1 learns from the
+answers, and a thinking checkpoint is rebuilt between the anchor and the new instruct one (ThinkSwitch, arXiv
+2606.01080).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from harness.asking import Settings
+from harness.config import LoopConfig
+from harness.stages import OWN, External, Output, Recipe, Stage, distill, evaluate, generate, placed, reconstruct, slot
+from harness.tasks import Task
+
+
+class Step(NamedTuple):
+    """A stage and its place in a run.
+
+    Attributes:
+        iteration: from 0.
+        name: of its link in the iteration's folder.
+        stage: what is done; two runs, or two steps, may have the same.
+        checkpoint: whose outcomes it has, "instruct" or "thinking"; empty for a stage that has none.
+    """
+
+    iteration: int
+    name: str
+    stage: Stage
+    checkpoint: str = ""
+
+
+class Inputs(NamedTuple):
+    """What a run reads, all of it looked at.
+
+    Attributes:
+        recipes: the native recipes, by the name they have in loop.yml.
+        instruct: the pair as it came.
+        thinking: the same.
+        tah: which of "instruct" and "thinking" are TaH checkpoints.
+        prompt_tasks: lm-eval's tasks that ask the prompts.
+        test_tasks: those that are scored.
+        prompts: the user's own prompts, None where tasks bring theirs.
+        identify: what a local file that a recipe names is.
+    """
+
+    recipes: Mapping[str, Recipe]
+    instruct: External
+    thinking: External
+    tah: frozenset[str]
+    prompt_tasks: list[Task]
+    test_tasks: list[Task]
+    prompts: list[dict[str, Any]] | None
+    identify: Callable[[str], str | None]
+
+
+def plan(config: LoopConfig, inputs: Inputs, iterations: int) -> list[Step]:
+    """Every stage of the run, in an order in which each comes after what it reads."""
+    return [step._replace(stage=pinned(step.stage, inputs.identify)) for step in _steps(config, inputs, iterations)]
+
+
+def _steps(config: LoopConfig, inputs: Inputs, iterations: int) -> Iterator[Step]:
+    recipes = inputs.recipes
+    settings = Settings(config.seed, config.nf4, config.limit, config.include_path)
+    names = [task.name for task in inputs.prompt_tasks]
+    instruct: External | Output = inputs.instruct
+    thinking: External | Output = inputs.thinking
+
+    def tests(k: int) -> Iterator[Step]:
+        for who, checkpoint in (("instruct", instruct), ("thinking", thinking)):
+            recipe = recipes.get(f"evaluate_{who}", recipes["evaluate"])
+            tah = who in inputs.tah
+            yield Step(k, f"evaluate_{who}", evaluate.build(recipe, settings, inputs.test_tasks, checkpoint, tah), who)
+
+    yield from tests(0)
+    for k in range(1, iterations + 1):
+        labels = generate.build(recipes["generate"], settings, inputs.prompt_tasks, thinking, inputs.prompts)
+        yield Step(k, "generate", labels)
+        learnt = distill.build(recipes["distill"], config.seed, config.launcher, instruct, thinking, labels, names)
+        yield Step(k, "distill", learnt)
+        instruct = Output(learnt, distill.CHECKPOINT)
+        anchor = inputs.thinking if config.anchor == "original" else thinking
+        rebuilt = reconstruct.build(recipes["reconstruct"], config.t, anchor, instruct, config.written_pair)
+        yield Step(k, "reconstruct", rebuilt)
+        thinking = Output(rebuilt, reconstruct.CHECKPOINT)
+        yield from tests(k)
+
+
+def pinned(stage: Stage, identify: Callable[[str], str | None]) -> Stage:
+    """A stage whose recipes' own local files (replay data, a chat template) are inputs too, known by what they hold."""
+    found: dict[str, External] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [walk(inner) for inner in value]
+        if isinstance(value, str) and OWN not in value and (identity := identify(value)):
+            name = next((n for n, source in found.items() if source.path == value), f"file_{len(found) + 1}")
+            found[name] = External(value, identity)
+            return slot(name)
+        return value
+
+    recipes = {name: walk(recipe) for name, recipe in stage.recipes.items()}
+    return replace(stage, recipes=recipes, inputs={**stage.inputs, **found}) if found else stage
+
+
+def commands(stage: Stage, paths: Mapping[str, str]) -> list[list[str]]:
+    """A stage's commands as a person would type them, its folder and inputs lying where `paths` says."""
+    return [placed(list(command), paths) for command in stage.commands]

@@ -1,0 +1,341 @@
+"""Runs commands and says what each cost: one protocol, `run(command, environment, log) → Usage`.
+
+Knows the keeper, the process in which commands run and which sees that none is left over; sums up memory over all the
+processes a command has, as `accelerate` and `torchrun` exec away the child that could have told. A command is what a
+person would type. Knows nothing of stages or recipes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import psutil
+
+from harness.errors import StageError
+from harness.keeper import MIB, tree
+
+QUIET = {
+    "AXOLOTL_DO_NOT_TRACK": "1",  # no usage report leaves the machine unless the user sets this to 0
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+BAR = re.compile(rb"([^\r\n|]*?):?\s*\d+%\|[^|]*\|\s*([\d.]+[kMG]?)/([\d.]+[kMG]?) \[")
+UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
+NOISE = re.compile(r"^\s|^Traceback|^\s*$|it/s|s/it|━|╭|╰|│|\bWARNING\b|\bDEBUG\b|Warning:")
+SAMPLE_S = 0.5  # between two looks at a command's memory
+
+
+class Usage(NamedTuple):
+    """What one command cost: wall and CPU seconds, peak memory of all its processes and of its GPU, in MiB."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+    gpu_peak_mb: float = 0.0
+
+
+class Progress(NamedTuple):
+    """A tool's own progress bar: what it calls it, and how far it is."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class ToolError(StageError):
+    """A command that ended badly."""
+
+
+class Runner(Protocol):
+    """Whatever runs a command to its end. Commands may be run from several threads at once."""
+
+    def run(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        log: Path,
+        hold: Path | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Usage:
+        """Run one command to its end, its output appended to `log`.
+
+        Args:
+            command: as a person would type it.
+            environment: beside what is set already.
+            log: a file.
+            hold: a lock file that is held for as long as anything of the command is alive.
+            on_progress: called as the tool's own progress bar moves.
+
+        Raises:
+            ToolError: if it exits with anything but 0; the text names the command, the log and the log's last line.
+        """
+
+
+class LocalRunner:
+    """Commands as processes of this machine, under a keeper. Close it, or use it as a context manager.
+
+    Start it from the main thread: the keeper watches the thread that started it. `preload_s` is how long the imports
+    took, `busy_s` for how long at least one command was running since, in wall seconds.
+    """
+
+    def __init__(self, log: Path, preloaded: bool):
+        """Start the keeper, which goes on to import the tools if `preloaded`; its own output goes to `log`."""
+        self.preloaded = preloaded
+        self.preload_s = self.busy_s = 0.0
+        self._begun = time.monotonic()
+        self._lock = threading.Lock()
+        self._replies: dict[int, dict[str, Any]] = {}  # what the keeper said of a command
+        self._events: dict[int, threading.Event] = {}
+        self._ready = threading.Event()
+        self._number = 0
+        self._stopped = self._gone = False
+        self._busy_since: float | None = None
+        self._link, theirs = socket.socketpair()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        bin_folder = str(Path(sys.executable).parent)
+        path = os.environ.get("PATH", "")
+        environment = {**QUIET, **os.environ, "PATH": path if bin_folder in path else f"{bin_folder}{os.pathsep}{path}"}
+        options = ["--parent", str(os.getpid()), *(["--preload"] if preloaded else [])]
+        with log.open("ab") as sink:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-m", "harness.keeper", str(theirs.fileno()), *options],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C reaches the orchestrator alone
+            )
+        theirs.close()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def wait(self) -> None:
+        """Block until the keeper takes commands, and note in `preload_s` how long that took from the start."""
+        self._ready.wait()
+        self.preload_s = self.preload_s or time.monotonic() - self._begun
+
+    def run(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        log: Path,
+        hold: Path | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Usage:
+        """As `Runner.run`."""
+        title = " ".join(command[:3] if command[:2] == ["python", "-m"] else command[:2])
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start = log.stat().st_size if log.exists() else 0
+        self.wait()
+        begun = time.monotonic()
+        number, done = self._begin(title, command, environment, log, hold)
+        memory = Memory()
+        seen: Progress | None = None
+        try:
+            while not done.wait(0.1):
+                memory.look(self._replies[number].get("pid"))
+                if on_progress and (now := progress(log, start)) and now != seen:
+                    on_progress(now)
+                    seen = now
+        except BaseException:
+            self._order(stop=number)
+            raise
+        finally:
+            self._end()
+        said = self._replies.pop(number)
+        if said.get("code") != 0:
+            raise ToolError(obituary(title, said.get("code"), log, start))
+        peak = max(memory.peak_mb, said["peak_mb"])
+        return Usage(time.monotonic() - begun, said["cpu_s"], peak, memory.gpu_peak_mb)
+
+    def stop(self) -> None:
+        """End every command that is running, and let no other begin. The threads that ran them get a `ToolError`."""
+        with self._lock:
+            self._stopped = True
+            running = list(self._events)
+        for number in running:
+            self._order(stop=number)
+
+    def close(self) -> None:
+        """Let the keeper go, and with it everything that still runs."""
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
+        if not self._ready.is_set():
+            self._keeper.terminate()  # it is importing and does not listen
+        try:
+            self._keeper.wait(10)
+        except subprocess.TimeoutExpired:
+            self._keeper.kill()
+            self._keeper.wait()
+        self._link.close()
+
+    def __enter__(self) -> LocalRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _begin(
+        self, title: str, command: list[str], environment: Mapping[str, str], log: Path, hold: Path | None
+    ) -> tuple[int, threading.Event]:
+        with self._lock:
+            if self._stopped or self._gone:
+                raise ToolError(f"{title}: stopped before it began")
+            self._number += 1
+            number, done = self._number, threading.Event()
+            self._events[number], self._replies[number] = done, {}
+            if self._busy_since is None:
+                self._busy_since = time.monotonic()
+        order = {"command": command, "environment": dict(environment), "log": str(log)}
+        self._order(run=number, hold=str(hold) if hold else None, **order)
+        return number, done
+
+    def _end(self) -> None:
+        with self._lock:
+            running = [event for event in self._events.values() if not event.is_set()]
+            if not running and self._busy_since is not None:
+                self.busy_s += time.monotonic() - self._busy_since
+                self._busy_since = None
+
+    def _order(self, **order: Any) -> None:
+        with contextlib.suppress(OSError), self._lock:
+            self._link.sendall(json.dumps(order).encode() + b"\n")
+
+    def _listen(self) -> None:
+        """Hear the keeper out, in a thread of its own; when it is gone, so is all it ran."""
+        with contextlib.suppress(OSError), self._link.makefile("rb") as lines:
+            for line in lines:
+                said = json.loads(line)
+                if "ready" in said:
+                    self._ready.set()
+                elif "started" in said:
+                    self._replies[said["started"]].update(pid=said["pid"])
+                else:
+                    self._replies[said["ended"]].update(said)
+                    self._events.pop(said["ended"]).set()
+        with self._lock:
+            self._gone = True
+            left = list(self._events.values())
+        self._ready.set()
+        for event in left:
+            event.set()
+
+
+class Memory:
+    """The peak memory of a process and all below it, by looking now and then."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self.peak_mb = self.gpu_peak_mb = 0.0
+        self._next = 0.0
+
+    def look(self, pid: int | None) -> None:
+        """Look, if it is time to."""
+        if pid is None or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + SAMPLE_S
+        processes = tree(pid)
+        total = 0
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss  # forks share what they do not write to
+        self.peak_mb = max(self.peak_mb, total / MIB)
+        self.gpu_peak_mb = max(self.gpu_peak_mb, gpu_memory_mb({process.pid for process in processes}))
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that commands may use, as CUDA_VISIBLE_DEVICES names them; CUDA itself is not touched.
+
+    Returns:
+        What that variable lists, else an index for each GPU the driver knows; empty where there is no driver.
+    """
+    count = sum(1 for _ in nvml_handles())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not count:
+        return [str(index) for index in range(count)]
+    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+
+
+def has_accelerator() -> bool:
+    """Whether a tool may find one: an NVIDIA GPU, or AMD's driver."""
+    return bool(gpus()) or Path("/dev/kfd").exists()
+
+
+def nvml_handles() -> list[Any]:
+    """NVML's handle of each GPU; none without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+
+
+def gpu_memory_mb(pids: set[int]) -> float:
+    """What these processes hold on all GPUs, in MiB."""
+    import pynvml
+
+    used = 0
+    for handle in nvml_handles():
+        with contextlib.suppress(pynvml.NVMLError):
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            used += sum(process.usedGpuMemory or 0 for process in running if process.pid in pids)
+    return used / MIB
+
+
+def progress(log: Path, start: int) -> Progress | None:
+    """The last tqdm bar that a command wrote since byte `start`, None if it wrote none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, log.stat().st_size - 4096))
+            found = BAR.findall(file.read())
+    except OSError:
+        return None
+    if not found:
+        return None
+    phase, done, total = found[-1]
+    return Progress(phase.decode(errors="replace").strip(), _count(done), _count(total))
+
+
+def _count(text: bytes) -> int:
+    """12, or 1.2k, as tqdm writes a number."""
+    plain = text.decode()
+    return int(float(plain.rstrip("kMG")) * UNITS.get(plain[-1], 1))
+
+
+def last_words(log: Path, start: int = 0) -> list[str]:
+    """The last line of a log that says something, if any: no progress bars, no frames of a traceback."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, log.stat().st_size - 65536))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if not NOISE.search(line)]
+    return lines[-1:]
+
+
+def obituary(title: str, code: int | None, log: Path, start: int) -> str:
+    """One or two lines about a command that died; `code` is None if nobody knows how."""
+    if code is None:
+        reason = "the process that ran it was killed (out of memory?)"
+    elif code < 0:
+        name = signal.Signals(-code).name
+        reason = f"killed by {name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    else:
+        reason = " ".join(last_words(log, start)) or f"exit code {code}"
+    return f"{title} failed: {reason}\nthe whole log: {log}"

@@ -1,0 +1,114 @@
+"""Distill: the instruct checkpoint learns (Axolotl), from the answers without their traces or on its own ones.
+
+An adapter is trained and merged; a recipe without one trains the whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.asking import ANSWERS, DATE, RECIPE
+from harness.errors import LoopError
+from harness.files import read_json
+from harness.stages import OWN, Facts, Kind, Output, Recipe, Source, Stage, slot
+from thinkswitch_plugin.on_policy_kl import report as on_policy_kl
+from thinkswitch_plugin.trace_stripping import report as trace_stripping
+
+CHECKPOINT = "instruct"
+ADAPTER = "adapter"
+MERGED = ("lora", "qlora")  # adapters that can be merged into the checkpoint
+TOOLS = ("axolotl", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "thinkswitch_plugin")
+PHASES = {
+    "Stripping traces": "rows stripped",
+    "Tokenizing": "rows tokenised",
+    "Dropping": "rows filtered",
+    "Saving": "rows saved",
+    "Add position_id": "rows laid out",
+    "Loading": "weights loaded",
+    "Merging": "layers merged",
+    "": "steps trained",
+}
+SAID = {"trace_stripping": trace_stripping.sentence, "on_policy_kl": on_policy_kl.sentence}  # by a plugin's facts file
+
+
+def build(
+    recipe: Recipe,
+    seed: int,
+    launcher: str,
+    instruct: Source,
+    thinking: Source,
+    labels: Stage,
+    tasks: Sequence[str],
+) -> Stage:
+    """The stage.
+
+    Args:
+        recipe: Axolotl's config as it is written. The first entry of `datasets` stands for the labels, whatever it
+            names; further ones (replay data, say) stay as they are.
+        seed: of the training.
+        launcher: Axolotl's, with what it is given: "python", "torchrun --nproc_per_node=2".
+        instruct: the checkpoint that learns.
+        thinking: the teacher, where the recipe has one that is not the student itself.
+        labels: the stage whose answers are learnt.
+        tasks: whose answers these are.
+
+    Raises:
+        LoopError: if its adapter is one that cannot be merged.
+    """
+    resolved = copy.deepcopy(recipe)
+    inputs: dict[str, Source] = {"instruct": instruct, "labels": Output(labels, ANSWERS)}
+    like, *further = resolved["datasets"]
+    like = {key: value for key, value in like.items() if key not in ("path", "data_files", "ds_type", "split")}
+    learnt = [
+        {
+            "path": slot("labels"),
+            "ds_type": "json",
+            "data_files": [f"{slot('labels')}/samples_{task}_{DATE}.jsonl"],
+            "split": "train",
+            **like,
+        }
+        for task in tasks
+    ]
+    resolved["datasets"] = learnt + further
+    resolved["base_model"] = slot("instruct")
+    if resolved.get("on_policy_kl", {}).get("teacher", "self") != "self":
+        resolved["on_policy_kl"]["teacher"] = slot("thinking")
+        inputs["thinking"] = thinking
+    adapter = resolved.get("adapter")
+    if adapter and adapter not in MERGED:
+        raise LoopError(f"distill: adapter: {adapter} cannot be merged; use one of {', '.join(MERGED)}, or none")
+    resolved["output_dir"] = f"{OWN}/{ADAPTER if adapter else CHECKPOINT}"
+    resolved["dataset_prepared_path"] = f"{OWN}/prepared"
+    resolved["seed"] = seed
+    name, *given = shlex.split(launcher)
+    file = f"{OWN}/{RECIPE}"
+    train = ("axolotl", "train", file, "--launcher", name, *(["--", *given] if given else []))
+    merge = ("axolotl", "merge-lora", file, "--lora-model-dir", f"{OWN}/{ADAPTER}")
+    return Stage(
+        KIND,
+        {RECIPE: resolved},
+        (train, merge) if adapter else (train,),
+        inputs,
+        renames=((f"{ADAPTER}/merged", CHECKPOINT),) if adapter else (),
+        scratch=("prepared", *([] if adapter else [f"{CHECKPOINT}/checkpoint-*"])),
+        wide=name != "python",
+    )
+
+
+def read(folder: Path, stage: Stage) -> Facts:
+    """What the plugins say of the data."""
+    left = Path(stage.recipes[RECIPE]["output_dir"].replace(OWN, str(folder)))
+    facts: dict[str, Any] = {name: read_json(left / f"{name}.json") for name in SAID}
+    return {name: value for name, value in facts.items() if value}
+
+
+def note(facts: Facts) -> str:
+    """What was learnt from, in a sentence."""
+    return "; ".join(say(facts[name]) for name, say in SAID.items() if name in facts)
+
+
+KIND = Kind("distill", "instruct learns the answers", TOOLS, PHASES, read, note, checkpoint=CHECKPOINT)

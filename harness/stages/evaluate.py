@@ -1,0 +1,63 @@
+"""Evaluate: one checkpoint answers the test questions (lm-eval), and the answers are graded.
+
+Ours is what lm-eval says of tasks that know of traces; what follows the trace is graded again where a task does not, or
+where a question is asked more than once. The passes of a TaH checkpoint are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import asking, outcomes
+from harness.asking import ANSWERS, NF4_COPY, RECIPE, Settings
+from harness.files import read_json
+from harness.stages import OWN, Facts, Kind, Recipe, Source, Stage
+from harness.tasks import Task
+
+GRADED, PASSES = "graded.jsonl", "passes.json"
+
+
+def build(recipe: Recipe, settings: Settings, tasks: Sequence[Task], checkpoint: Source, tah: bool = False) -> Stage:
+    """The stage.
+
+    Args:
+        recipe: lm-eval's config as it is written.
+        settings: how the run asks.
+        tasks: whose questions are asked.
+        checkpoint: what is tested.
+        tah: it is a TaH checkpoint, whose code was looked at.
+    """
+    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks])
+    if tah:
+        resolved["model_args"]["trust_remote_code"] = True
+    commands = asking.commands_for(resolved, settings.nf4)
+    where = (f"{OWN}/{ANSWERS}", "--recipe", f"{OWN}/{RECIPE}", "--out")
+    if again := [task.name for task in tasks if not task.grades_traces or task.repeats > 1]:
+        commands.append(("python", "-m", "harness.grading", *where, f"{OWN}/{GRADED}", *again))
+    if tah:
+        commands.append(("axolotl", "tah-passes", *where, f"{OWN}/{PASSES}"))
+    return Stage(
+        KIND,
+        {RECIPE: resolved},
+        tuple(commands),
+        {"checkpoint": checkpoint, **inputs},
+        tasks={task.name: task.definition for task in tasks},
+        scratch=(NF4_COPY,),
+        device=asking.device_of(resolved),
+    )
+
+
+def read(folder: Path, stage: Stage) -> Facts:
+    """What the answers' passes cost, of a TaH checkpoint; the answers themselves are read when they are asked for."""
+    outcomes_of(folder, stage, None)  # what cannot be read must not count as done
+    return {"per_task": read_json(folder / PASSES) or {}}
+
+
+def outcomes_of(folder: Path, stage: Stage, tokenizer: Path | None) -> list[outcomes.Outcome]:
+    """One row a question."""
+    graded = folder / GRADED if any("harness.grading" in command for command in stage.commands) else None
+    return outcomes.read(folder / ANSWERS, tokenizer, graded)
+
+
+KIND = Kind("evaluate", "is tested", asking.TOOLS, asking.PHASES, read, outcomes=outcomes_of)

@@ -1,0 +1,71 @@
+"""Generate: the thinking checkpoint answers the training prompts (lm-eval, predict-only). No gold answer is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import asking, outcomes
+from harness.asking import ANSWERS, NF4_COPY, RECIPE, Settings
+from harness.errors import StageError
+from harness.stages import OWN, Facts, Kind, Recipe, Source, Stage
+from harness.tasks import Task
+
+PROMPTS = "prompts.jsonl"
+
+
+def build(
+    recipe: Recipe, settings: Settings, tasks: Sequence[Task], thinking: Source, prompts: list[dict[str, Any]] | None
+) -> Stage:
+    """The stage.
+
+    Args:
+        recipe: lm-eval's config as it is written.
+        settings: how the run asks.
+        tasks: whose prompts are asked.
+        thinking: the checkpoint that answers.
+        prompts: the user's own, as `read_prompts` gives them, where the task is `prompts_file`.
+    """
+    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks])
+    resolved["predict_only"] = True
+    files = {}
+    if prompts is not None:
+        resolved["metadata"] = {**resolved.get("metadata", {}), "prompts_file": f"{OWN}/{PROMPTS}"}
+        files[PROMPTS] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prompts)
+    commands = asking.commands_for(resolved, settings.nf4)
+    return Stage(
+        KIND,
+        {RECIPE: resolved},
+        tuple(commands),
+        {"checkpoint": thinking, **inputs},
+        files=files,
+        tasks={task.name: task.definition for task in tasks},
+        scratch=(NF4_COPY,),
+        device=asking.device_of(resolved),
+    )
+
+
+def read(folder: Path, stage: Stage) -> Facts:
+    """How many of the labels have an answer to learn from.
+
+    Raises:
+        StageError: if the thinking checkpoint closed no trace at all.
+    """
+    closed, total = outcomes.closed_share(folder / ANSWERS, stage.recipes[RECIPE]["tasks"])
+    if not closed:
+        raise StageError(
+            f"the thinking checkpoint closed 0 of {total} traces (0 %): there is nothing to distill\n"
+            "give it more tokens (--set generate.gen_kwargs.max_gen_toks=…), lower --t, or see what it wrote in "
+            f"{folder / ANSWERS}"
+        )
+    return {"labels": {"closed": closed, "total": total}}
+
+
+def note(facts: Facts) -> str:
+    """How many answers can be learnt from."""
+    return f"{facts['labels']['closed']} of {facts['labels']['total']} answers closed their trace"
+
+
+KIND = Kind("generate", "thinking answers the prompts", asking.TOOLS, asking.PHASES, read, note)

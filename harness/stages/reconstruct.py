@@ -1,0 +1,84 @@
+"""Reconstruct: a thinking checkpoint is rebuilt between the anchor and the distilled instruct one (mergekit).
+
+Any method of mergekit: of the recipe's models, the two that stand for the pair are replaced and nothing else is.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from harness.asking import RECIPE
+from harness.errors import LoopError
+from harness.stages import OWN, Kind, Recipe, Source, Stage, slot
+
+CHECKPOINT = "thinking"
+TOOLS = ("mergekit", "torch", "transformers")
+PHASES = {"Warmup": "files read", "Executing": "tensors merged"}
+HAS_T = ("slerp", "nuslerp", "multislerp")
+
+
+def build(
+    recipe: Recipe, t: float | None, anchor: Source, instruct: Source, written: tuple[str, str] | None = None
+) -> Stage:
+    """The stage.
+
+    Args:
+        recipe: mergekit's config as it is written. Its `base_model` stands for the anchor wherever it is named, so that
+            tokenizer, chat template and generation config come from the thinking side, and the one other model for the
+            instruct checkpoint. Where there are more models, `written` tells which two are meant.
+        t: weight of the instruct checkpoint; None leaves the recipe's own.
+        anchor: the thinking checkpoint that is interpolated with.
+        instruct: the distilled checkpoint.
+        written: the pair's names as the recipe may have them: instruct, thinking.
+
+    Raises:
+        LoopError: if it cannot be told which models stand for the pair, or there is no one `t` to set.
+    """
+    stand_ins = _stand_ins(recipe, written)
+    resolved: Recipe = _replaced(copy.deepcopy(recipe), stand_ins)
+    if t is not None:
+        own = resolved.get("parameters", {}).get("t", 0.0)
+        if recipe.get("merge_method") not in HAS_T or not isinstance(own, int | float):
+            what = "a t of its own for each part" if recipe.get("merge_method") in HAS_T else "no t"
+            raise LoopError(f"--t {t:g}: the reconstruct recipe has {what}; change it there, or leave --t (and t:) out")
+        resolved["parameters"] = {**resolved.get("parameters", {}), "t": t}
+    command = ("mergekit-yaml", f"{OWN}/{RECIPE}", f"{OWN}/{CHECKPOINT}")
+    return Stage(KIND, {RECIPE: resolved}, (command,), {"anchor": anchor, "instruct": instruct}, device="cpu")
+
+
+def _names(value: Any) -> list[str]:
+    """The models that a recipe names, in order."""
+    if isinstance(value, dict):
+        found = [inner for key, inner in value.items() if key in ("model", "base_model") and isinstance(inner, str)]
+        return found + [name for inner in value.values() for name in _names(inner)]
+    return [name for inner in value for name in _names(inner)] if isinstance(value, list) else []
+
+
+def _stand_ins(recipe: Recipe, written: tuple[str, str] | None) -> dict[str, str]:
+    base = recipe["base_model"]
+    others = [name for name in dict.fromkeys(_names(recipe)) if name != base]
+    if len(others) == 1:
+        return {base: slot("anchor"), others[0]: slot("instruct")}
+    named = dict.fromkeys([base, *others])
+    if written and set(written) <= set(named):
+        instruct, thinking = written
+        return {thinking: slot("anchor"), instruct: slot("instruct")}
+    raise LoopError(
+        f"the reconstruct recipe names {len(named)} models ({', '.join(named)}): it must name the pair as loop.yml "
+        "does, or two models, base_model the thinking one"
+    )
+
+
+def _replaced(value: Any, stand_ins: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: stand_ins.get(inner, inner)
+            if key in ("model", "base_model") and isinstance(inner, str)
+            else _replaced(inner, stand_ins)
+            for key, inner in value.items()
+        }
+    return [_replaced(inner, stand_ins) for inner in value] if isinstance(value, list) else value
+
+
+KIND = Kind("reconstruct", "thinking is rebuilt", TOOLS, PHASES, checkpoint=CHECKPOINT)

@@ -1,0 +1,246 @@
+"""What is done: every stage ever finished under one `--out`, by its key.
+
+    stages/KEY/            one stage: recipes, log.txt, outputs
+    stages/KEY/stage.json  written last: what has one whose key fits is done, what has none never happened
+    stages/.locks/         KEY.lock is held by the `ts-loop` that works on it, KEY.busy by what it started
+    stages/.known.json     digests of files that were here before, by path, size, time and inode
+
+A stage works in its final place, so that the commands and paths in its recipes stay true afterwards; one that did not
+finish is cleared away before it runs again. Knows keys and files; what a key is made of is `stages`' to know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from harness.errors import LoopError
+from harness.files import below, digest, disk_errors, read_json, sync, write_json
+from thinkswitch_plugin.tah.args import LOADER
+
+MARKER = "stage.json"
+# What a loader reads of a checkpoint's folder: a note beside the weights, or a desktop's droppings, change nothing.
+READ = ("*.json", "*.safetensors", "*.jinja", "*.model", "vocab.txt", "merges.txt", LOADER)
+OnHash = Callable[[str, int, int], None]  # file name, bytes done, bytes in all
+
+
+class Store:
+    """The stages under one folder."""
+
+    def __init__(self, root: Path):
+        """`root` need not exist yet."""
+        self.root = root
+
+    def folder(self, key: str) -> Path:
+        """Where a stage lies, done or not."""
+        return self.root / key
+
+    def every(self) -> list[str]:
+        """The key of every stage that has a folder."""
+        return sorted(p.name for p in self.root.glob("*-*") if p.is_dir()) if self.root.is_dir() else []
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        """A finished stage's record; None if it never finished, or what it left is not there at its size.
+
+        A checkpoint that `gc` took away is not missed here; who needs one asks `lacks`.
+        """
+        folder = self.folder(key)
+        try:
+            record: dict[str, Any] | None = read_json(folder / MARKER)
+        except LoopError:
+            return None  # half a marker marks nothing
+        if not isinstance(record, dict) or record.get("key") != key:
+            return None
+        for name, (size, _) in record["outputs"].items():
+            if name in record.get("pruned", []):
+                continue
+            try:
+                if (folder / name).stat().st_size != size:
+                    return None
+            except OSError:
+                return None
+        return record
+
+    def lacks(self, key: str) -> bool:
+        """Whether a finished stage's checkpoint was taken away to save space."""
+        return bool((self.record(key) or {}).get("pruned"))
+
+    def damaged(self, key: str) -> list[str]:
+        """The files of a finished stage that are not what they were, by their hashes."""
+        record = self.record(key)
+        if record is None:
+            return []
+        here = {name: value for name, value in record["outputs"].items() if name not in record.get("pruned", [])}
+        return [name for name, (_, value) in here.items() if digest(self.folder(key) / name) != value]
+
+    def forget(self, key: str) -> None:
+        """Let a stage count as never done."""
+        (self.folder(key) / MARKER).unlink(missing_ok=True)
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Path | None]:
+        """Be the one who works on a stage: its folder, cleared; None if another process does.
+
+        Nothing of an earlier worker that was killed is alive any more when this returns.
+        """
+        with disk_errors(self.root):
+            (self.root / ".locks").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".locks" / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield None
+            return
+        try:
+            with FileLock(self.hold(key)):
+                pass
+            yield self.folder(key)
+        finally:
+            lock.release()
+
+    def hold(self, key: str) -> Path:
+        """The lock file that the runner holds while anything of the stage's commands is alive."""
+        return self.root / ".locks" / f"{key}.busy"
+
+    def clear(self, key: str) -> Path:
+        """An empty folder for a stage."""
+        folder = self.folder(key)
+        with disk_errors(folder):
+            if folder.exists():
+                self.forget(key)
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+        return folder
+
+    def busy(self, key: str) -> bool:
+        """Whether a process works on a stage now."""
+        lock = self.root / ".locks" / f"{key}.lock"
+        if not lock.exists():
+            return False
+        with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
+            return False
+        return True
+
+    def finish(self, key: str, facts: dict[str, Any]) -> None:
+        """Mark a stage done: all it left is hashed and on the disk before the marker is."""
+        folder = self.folder(key)
+        with disk_errors(folder):
+            outputs = {}
+            for path in below(folder):
+                outputs[str(path.relative_to(folder))] = (path.stat().st_size, digest(path))
+                sync(path)
+            for inner in {path.parent for path in below(folder)}:
+                sync(inner)
+            sync(self.root)
+            write_json(folder / MARKER, {"key": key, **facts, "outputs": outputs}, durable=True)
+
+    def prune(self, key: str, inside: str) -> int:
+        """Take a finished stage's checkpoint away; returns the bytes that are free now."""
+        record = self.record(key)
+        gone = self.folder(key) / inside
+        if record is None or not gone.is_dir():
+            return 0
+        size = sum(path.stat().st_size for path in below(gone))
+        names = [name for name in record["outputs"] if name.startswith(f"{inside}/")]
+        write_json(self.folder(key) / MARKER, {**record, "pruned": names}, durable=True)
+        shutil.rmtree(gone)
+        return size
+
+    def remove(self, key: str) -> int:
+        """Take a whole stage away; returns the bytes that are free now, 0 if a process works on it."""
+        with self.writing(key) as folder:
+            if folder is None or not folder.is_dir():
+                return 0
+            size = sum(path.stat().st_size for path in below(folder))
+            self.forget(key)
+            shutil.rmtree(folder)
+            return size
+
+
+class Known:
+    """Digests of files that were here before, kept by path, size, time and inode: 8 GB are read once."""
+
+    def __init__(self, file: Path, on_hash: OnHash | None = None):
+        """`file` keeps them; `on_hash` is told of every piece read."""
+        self.file, self.on_hash = file, on_hash
+        try:
+            kept = read_json(file)
+        except LoopError:
+            kept = None  # it only saves time
+        self._kept: dict[str, list[Any]] = kept if isinstance(kept, dict) else {}
+
+    def checkpoint(self, folder: Path) -> str:
+        """What a checkpoint is: a digest over what a loader reads of it, the same wherever it lies."""
+        return self._combined(folder, loaded(folder))
+
+    def path(self, path: Path) -> str:
+        """What a file is, or all that is below a folder."""
+        return self._combined(path, below(path)) if path.is_dir() else self.digest(path)
+
+    def digest(self, path: Path) -> str:
+        """As `files.digest`, of a file that may have been read before."""
+        real = path.resolve()
+        stat = real.stat()
+        seen = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        kept = self._kept.get(str(real))
+        if not (isinstance(kept, list) and kept[:3] == seen and len(kept) == 4):
+            kept = self._kept[str(real)] = [*seen, self._read(real, stat.st_size)]
+        return str(kept[3])
+
+    def save(self) -> None:
+        """Keep what was read for the next time."""
+        with disk_errors(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, self._kept)
+
+    def forget(self) -> None:
+        """Read everything again, whatever its size and time say."""
+        self._kept = {}
+
+    def _combined(self, folder: Path, files: list[Path]) -> str:
+        lines = [f"{path.relative_to(folder)}\0{self.digest(path)}\n" for path in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def _read(self, path: Path, size: int) -> str:
+        total, done = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                total.update(chunk)
+                done += len(chunk)
+                if self.on_hash:
+                    self.on_hash(path.name, done, size)
+        return total.hexdigest()
+
+
+def loaded(folder: Path) -> list[Path]:
+    """The files of a checkpoint that a loader reads."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [path for path in files if any(fnmatch.fnmatch(path.name, like) for like in READ)]
+
+
+def stamp(path: Path) -> str:
+    """Size, time and inode of a file, or of a checkpoint's: if this is the same, nobody wrote to it since."""
+    stats = [(file.name, file.stat()) for file in (loaded(path) if path.is_dir() else [path])]
+    return json.dumps([(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats])
+
+
+def link(place: Path, target: Path) -> None:
+    """A relative link, made in one step."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    to = os.path.relpath(target, place.parent)
+    if place.is_symlink() and os.readlink(place) == to:
+        return
+    beside = place.with_name(f".{place.name}.{os.getpid()}.new")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(to)
+    os.replace(beside, place)

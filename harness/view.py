@@ -1,0 +1,305 @@
+"""Shows a run at the terminal: live as it goes, as plain lines where nobody watches, and as the closing tables.
+
+Knows Rich. Is told what happens by `loop` and never asks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from harness import runner
+from harness.outcomes import Row
+from harness.plan import Step
+from harness.stages import Stage
+
+PLAIN_WIDTH = 110  # of a log or a pipe, where Rich would cut cells to fit 80 columns
+SLOW_BYTES = 1 << 28  # a file whose reading is worth a bar
+
+
+class View:
+    """One run as it goes. On a terminal a live view; elsewhere a line per event.
+
+    `quiet` shows nothing but the closing table, `verbose` every native command. Stages end in threads of their own, so
+    what is shown is changed by one at a time.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False, verbose: bool = False):
+        """`console` defaults to standard output."""
+        self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, PLAIN_WIDTH)
+        self.quiet, self.verbose = quiet, verbose
+        self.live: Live | None = None
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[phase]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.running: dict[str, TaskID] = {}  # by the stage's key, or by what is done before there are any
+        self.rows: list[Row] = []
+        self.steps: list[Step] = []
+        self.places: dict[str, Step] = {}
+        self.todo: set[str] = set()
+        self.waiting: set[str] = set()
+        self.run_name = ""
+        self.iterations = self.stages = self.done = 0
+        self.begun = time.monotonic()
+        self.lock = threading.RLock()
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line."""
+        if not self.quiet:
+            self.console.print(text, soft_wrap=True, style=style, markup=False)
+
+    def hashing(self, name: str, done: int, size: int) -> None:
+        """A file of an input is being read to know what it is."""
+        if size >= SLOW_BYTES:
+            self._bar(f"reading {name}", name, done >> 20, size >> 20, "MiB")
+            if done >= size:
+                self._drop(name)
+
+    def verifying(self, key: str) -> None:
+        """A stage's files are compared with their hashes."""
+        if self.verbose:
+            self.say(f"comparing {key}", "dim")
+
+    def begin(self, run: Any, todo: Mapping[str, Stage]) -> None:
+        """The run is about to start, or to go on."""
+        self.run_name, self.todo = run.config.name, set(todo)
+        self.places = {run.keys[step.stage]: step for step in reversed(run.wanted)}
+        self.iterations = run.config.iterations
+        self.stages = len({run.keys[step.stage] for step in run.wanted})
+        self.done = self.stages - len(todo)
+        root = run.folder.root
+        if run.causes:
+            for cause in run.causes:
+                self.say(cause)
+            self.say(f"{len(todo)} of {self.stages} stages depend on that and run again")
+        elif self.done:
+            self.say(f"continuing {root}: {self.done} of {self.stages} stages are done")
+        else:
+            self.say(f"new run in {root}")
+        if self.console.is_terminal and todo and not self.quiet:
+            self.live = Live(self._picture(), console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+
+    def preloading(self, preloaded: bool) -> None:
+        """The tools are being imported, once or for each command."""
+        if preloaded:
+            self._bar("importing axolotl, lm-eval and mergekit, once", "imports", 0, None, "")
+
+    def command(self, key: str, stage: Stage, number: int, command: Sequence[str]) -> None:
+        """A stage runs its next command."""
+        with self.lock:
+            self._drop("imports")
+            self.waiting.discard(key)
+            part = f" ({number + 1}/{len(stage.commands)})" if len(stage.commands) > 1 else ""
+            step = self.places[key]
+            title = f"{step.checkpoint} {stage.kind.title}".strip()
+            tool = " ".join(command[:3]) if command[0] == "python" else command[0]
+            where = f"iteration {step.iteration}/{self.iterations}  {_name(step)}{part}: {title}  {tool}"
+            self._drop(key)
+            self._bar(where, key, 0, None, "")
+            if self.verbose:
+                self.say(f"$ {' '.join(command)}", "dim")
+
+    def progress(self, key: str, stage: Stage, now: runner.Progress) -> None:
+        """The progress bar of the command that a stage runs has moved."""
+        phase = next((said for begin, said in stage.kind.phases.items() if now.phase.startswith(begin)), now.phase)
+        with self.lock:
+            if key in self.running:
+                self.bar.update(self.running[key], completed=now.done, total=now.total, phase=phase)
+
+    def elsewhere(self, key: str) -> None:
+        """Another process works on a stage."""
+        with self.lock:
+            if key not in self.waiting:
+                self.waiting.add(key)
+                self.say(f"{_name(self.places[key])}: another ts-loop is at it; waiting for what it leaves", "dim")
+
+    def finished(self, step: Step, record: Mapping[str, Any], rows: Sequence[Row]) -> None:
+        """A stage is done, now or before."""
+        with self.lock:
+            key = record["key"]
+            self._drop(key)
+            self.rows += rows
+            where = f"iteration {step.iteration}/{self.iterations}  {_name(step):<17}"
+            note = step.stage.kind.note(record["facts"]) or "  ".join(f"{r['task']} {r['accuracy']:.1%}" for r in rows)
+            if key in self.todo:
+                self.todo.discard(key)
+                self.done += 1
+                if record["made_by"] == self.run_name:
+                    self.say(f"{where} {record['wall_s']:7.1f} s  {note}".rstrip())
+                else:
+                    self.say(f"{where}   reused  {note}  (made by {record['made_by']})")
+            elif record["made_by"] != self.run_name:
+                self.say(f"{where}   reused  {note}  (made by {record['made_by']})")
+            self._refresh()
+
+    def end(self, run: Any, results: Mapping[str, Any]) -> None:
+        """The run is over: the table, where the time went, and where everything lies."""
+        self.close()
+        rows = results["rows"]
+        self.console.print(table(rows))
+        if self.quiet:
+            return
+        if cells := pass_cells(rows):
+            passes = Table(*PASS_HEADS, title="passes of TaH checkpoints", title_justify="left")
+            for line in cells:
+                passes.add_row(*line)
+            self.console.print(passes)
+        self.console.print(kind_table([(step, record) for step in run.steps if (record := run.record(step))]))
+        cost = "" if results["cost_usd"] is None else f", {results['cost_usd']:.2f} US dollars"
+        self.say(f"{clock(results['wall_s'])}{cost} in all")
+        self.say(f"checkpoints, logs and scores: {run.folder.root}\nto look at: {run.folder.report}")
+
+    def close(self) -> None:
+        """Take the live view off the screen."""
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def _drop(self, key: str) -> None:
+        if (task := self.running.pop(key, None)) is not None:
+            self.bar.remove_task(task)
+
+    def _bar(self, text: str, key: str, done: int, total: int | None, phase: str) -> None:
+        with self.lock:
+            if key in self.running:
+                self.bar.update(self.running[key], completed=done, total=total, phase=phase)
+            else:
+                self.running[key] = self.bar.add_task(text, total=total, completed=done, phase=phase)
+                if not self.live:
+                    self.say(text, "dim")
+            self._refresh()
+
+    def _picture(self) -> Group:
+        elapsed = time.monotonic() - self.begun
+        head = Text(f"stage {min(self.done + 1, self.stages)} of {self.stages}, {clock(elapsed)} so far", style="bold")
+        parts: list[Any] = [head, self.bar]
+        if self.rows:
+            parts.append(table(self.rows, "scores so far"))
+        return Group(*parts)
+
+    def _refresh(self) -> None:
+        if self.live:
+            self.live.update(self._picture())
+
+
+def _name(step: Step) -> str:
+    return step.name.replace("_", " ")
+
+
+def clock(seconds: float) -> str:
+    """A time as a person says it."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def change(row: Row, rows: Sequence[Row]) -> float | None:
+    """Points of accuracy gained since iteration 0, None for iteration 0 itself."""
+    for first in rows:
+        if first["iteration"] == 0 and (first["checkpoint"], first["task"]) == (row["checkpoint"], row["task"]):
+            return None if row is first else 100 * (row["accuracy"] - first["accuracy"])
+    return None
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Rows as they are shown: by task, checkpoint and iteration."""
+    return sorted(rows, key=lambda row: (row["task"], row["checkpoint"], row["iteration"]))
+
+
+def table(rows: Sequence[Row], title: str = "scores") -> Table:
+    """A row a checkpoint and task, a column an iteration, the change at its end in points, then the last one's rest."""
+    iterations = sorted({row["iteration"] for row in rows})
+    result = Table(title=title, title_justify="left")
+    heads = ["task", "checkpoint", "questions", *map(str, iterations), "change", "95 % interval", "tokens", "closed"]
+    for head in heads:
+        result.add_column(head, justify="left" if head in ("task", "checkpoint") else "right")
+    lines: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in in_order(rows):
+        lines.setdefault((row["task"], row["checkpoint"]), {})[row["iteration"]] = row
+    places = list(lines)
+    for place, line in lines.items():
+        last = line[max(line)]
+        low, high = last["ci95"]
+        gain = change(last, rows)
+        colour = "" if not gain else "green" if gain > 0 else "red"
+        tokens = last["tokens_per_answer"]
+        result.add_row(
+            place[0],
+            place[1],
+            str(last["n"]),
+            *(f"{line[k]['accuracy']:.1%}" if k in line else "" for k in iterations),
+            "" if gain is None else Text(f"{gain:+.1f}", style=colour),
+            f"{100 * low:.1f}–{100 * high:.1f}",
+            "" if tokens is None else f"{tokens:.1f}",
+            f"{last['closed_traces']:.0%}",
+            end_section=place != places[-1] and places[places.index(place) + 1][0] != place[0],
+        )
+    return result
+
+
+PASS_HEADS = ("iteration", "checkpoint", "task", "mean depth", "skipped", "MFLOPs a token", "× single", "× always")
+
+
+def pass_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """What TaH checkpoints' answers cost, for the table and the page: beside a single pass, and every pass always."""
+    return [
+        [
+            str(row["iteration"]),
+            row["checkpoint"],
+            row["task"],
+            f"{row['mean_depth']:.3f}",
+            f"{row['skip_rate']:.1%}",
+            f"{row['flops_per_token'] / 1e6:,.2f}",
+            f"{row['flops_per_token'] / row['flops_per_token_single']:.2f}",
+            f"{row['flops_per_token'] / row['flops_per_token_always']:.2f}",
+        ]
+        for row in in_order(rows)
+        if row.get("mean_depth") is not None
+    ]
+
+
+def by_kind(done: Sequence[tuple[Step, Mapping[str, Any]]]) -> list[tuple[str, int, float, float, float]]:
+    """(kind, runs, wall seconds, CPU seconds, peak MiB) for each kind of stage that is done, in the plan's order."""
+    records = {record["key"]: record for _, record in done}
+    result = []
+    for name in dict.fromkeys(record["kind"] for record in records.values()):
+        mine = [record for record in records.values() if record["kind"] == name]
+        peak = max(record["peak_memory_mb"] for record in mine)
+        wall, cpu = (sum(record[what] for record in mine) for what in ("wall_s", "cpu_s"))
+        result.append((name, len(mine), wall, cpu, peak))
+    return result
+
+
+def kind_table(done: Sequence[tuple[Step, Mapping[str, Any]]]) -> Table:
+    """Where the time went."""
+    result = Table(title="time by stage", title_justify="left")
+    for head in ("stage", "runs", "wall s", "CPU s", "peak MiB"):
+        result.add_column(head, justify="left" if head == "stage" else "right")
+    for name, runs, wall, cpu, peak in by_kind(done):
+        result.add_row(name, str(runs), f"{wall:.1f}", f"{cpu:.1f}", f"{peak:.0f}")
+    return result
