@@ -1,7 +1,6 @@
 """The process under which every command of one `ts-loop` runs: none outlives it, and it does not outlive `ts-loop`.
 
-Knows Linux processes and nothing of stages. `runner` starts it as `python -m harness.keeper FD` and speaks with it in
-lines of JSON over the socket FD:
+Knows Linux processes and nothing of stages. `runner` starts it and speaks with it in lines of JSON over a socket:
 
     → {"run": id, "command": […], "environment": {…}, "log": path, "hold": path or null}
     → {"stop": id}
@@ -9,10 +8,11 @@ lines of JSON over the socket FD:
     ← {"started": id, "pid": …}
     ← {"ended": id, "code": exit code or -signal, "cpu_s": …, "peak_mb": …}
 
-Three facts of Linux make it sure. It is a *child subreaper*: whatever a command starts and abandons, in a session of
-its own or not, becomes its child. It gets a signal when `ts-loop` dies, even of SIGKILL, and its commands when it dies
-itself. And what of a command is still alive when the command has ended is killed before the end is reported; until
-then the keeper holds the lock file `hold`, so that nobody else writes where a dying command still might.
+Facts of Linux make it sure. Each command has a leader, a *child subreaper*: whatever the command starts and abandons,
+in a session of its own or not, becomes the leader's child, and what of it is still alive when the command has ended is
+killed before the end is reported. The keeper gets a signal when `ts-loop` dies, even of SIGKILL, the leaders when the
+keeper does, and both kill all they have. Until nothing of a command is alive the lock file `hold` is held, so that
+nobody else writes where a dying command still might.
 
 With `--preload` it imports the tools once and every command is then a fork of it, with a process's isolation and none
 of its ten seconds of imports. That is for machines without an accelerator: importing bitsandbytes and torchao
@@ -29,6 +29,7 @@ import functools
 import importlib
 import json
 import os
+import resource
 import runpy
 import select
 import shutil
@@ -37,6 +38,7 @@ import socket
 import sys
 import time
 import traceback
+import types
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -69,7 +71,6 @@ PRELOAD = [
 ]
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 PATIENCE_S = 3.0  # between asking a command to end and killing it
-MARK = "TS_LOOP_COMMAND"  # in the environment of all that a command starts
 MIB = 2**20
 
 
@@ -77,21 +78,9 @@ class Command:
     """One command that runs."""
 
     def __init__(self, number: int, pid: int, hold: FileLock | None):
-        """`pid` leads a session of its own; `hold` is locked and is let go once nothing of the command is alive."""
+        """`pid` is its leader's; `hold` is locked and is let go once nothing of the command is alive."""
         self.number, self.pid, self.hold = number, pid, hold
         self.kill_at: float | None = None
-        self.mark = mark_of(number)
-
-    def owns(self, process: psutil.Process) -> bool:
-        """Whether an orphan was started by this command: in its session, or by what its environment says."""
-        with contextlib.suppress(OSError, psutil.Error):
-            return os.getsid(process.pid) == self.pid or process.environ().get(MARK) == self.mark
-        return False
-
-
-def mark_of(number: int) -> str:
-    """How the processes of a command are told from another one's."""
-    return f"{os.getpid()}:{number}"
 
 
 class Keeper:
@@ -147,37 +136,32 @@ class Keeper:
             self.link.sendall(json.dumps(facts).encode() + b"\n")
 
     def start(self, order: dict[str, Any]) -> None:
-        """Fork a child that is, or becomes, the command."""
+        """Fork a leader for the command."""
         hold = FileLock(order["hold"]) if order.get("hold") else None
         if hold:
             hold.acquire()
-        number = order["run"]
-        environment = {**order["environment"], MARK: mark_of(number)}
         pid = os.fork()
         if pid == 0:
-            signal.set_wakeup_fd(-1)
-            for name in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(name, signal.SIG_DFL)
             self.link.close()
-            become(order["command"], environment, order["log"], self.preloaded)
-        self.running[pid] = Command(number, pid, hold)
-        self.say(started=number, pid=pid)
+            lead(order["command"], order["environment"], order["log"], self.preloaded)
+        self.running[pid] = Command(order["run"], pid, hold)
+        self.say(started=order["run"], pid=pid)
 
     def stop(self, command: Command) -> None:
         """Ask all of a command to end; `kill_the_stubborn` follows up."""
         if command.kill_at is None:
             command.kill_at = time.monotonic() + PATIENCE_S
-            send(signal.SIGTERM, tree(command.pid))
+            send(signal.SIGTERM, tree(command.pid)[1:])
 
     def kill_the_stubborn(self) -> None:
         """Kill what was asked to end and has not."""
         for command in self.running.values():
             if command.kill_at and command.kill_at <= time.monotonic():
                 command.kill_at = time.monotonic() + PATIENCE_S
-                send(signal.SIGKILL, tree(command.pid))
+                send(signal.SIGKILL, tree(command.pid)[1:])
 
     def reap(self) -> None:
-        """Take note of every child that has ended, a command or an orphan of one."""
+        """Take note of every child that has ended: leaders, and what a leader that was killed has left."""
         while True:
             try:
                 pid, status, used = os.wait4(-1, os.WNOHANG)
@@ -186,28 +170,12 @@ class Keeper:
             if pid == 0:
                 return
             if command := self.running.pop(pid, None):
-                self.clear_after(command)
+                send(signal.SIGKILL, [p for p in psutil.Process().children() if p.pid not in self.running])
+                if command.hold:
+                    command.hold.release()
                 code = os.waitstatus_to_exitcode(status)
                 cpu_s = used.ru_utime + used.ru_stime
                 self.say(ended=command.number, code=code, cpu_s=cpu_s, peak_mb=used.ru_maxrss * 1024 / MIB)
-
-    def clear_after(self, command: Command) -> None:
-        """Kill what a command left behind, then let its folder go."""
-        deadline = time.monotonic() + PATIENCE_S
-        while left := [p for p in self.orphans() if command.owns(p)]:
-            send(signal.SIGKILL, [process for orphan in left for process in tree(orphan.pid)])
-            for process in left:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(process.pid, os.WNOHANG)
-            if time.monotonic() > deadline:
-                break  # not to be killed: it waits for a disk
-            time.sleep(0.01)
-        if command.hold:
-            command.hold.release()
-
-    def orphans(self) -> list[psutil.Process]:
-        """Children that are not commands: they were adopted."""
-        return [p for p in psutil.Process().children() if p.pid not in self.running]
 
 
 def send(number: int, processes: list[psutil.Process]) -> None:
@@ -236,8 +204,34 @@ def end_everything() -> None:
         time.sleep(0.01)
 
 
+def lead(command: list[str], environment: dict[str, str], log: str, preloaded: bool) -> None:
+    """In a fork of the keeper: start the command, see that nothing of it is left, and end as it did. Never returns."""
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # whose handler is still the keeper's own
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        become(command, environment, log, preloaded)
+    while True:
+        ended, status = os.waitpid(-1, 0)
+        if ended == pid:
+            break
+    end_everything()
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command has left one already, if it was to
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
 def become(command: list[str], environment: dict[str, str], log: str, preloaded: bool) -> None:
-    """In the fork: a session of its own, output to the log, and then the command. Never returns."""
+    """In a fork of the leader: a group of its own, output to the log, and then the command. Never returns."""
     code = 1
     try:
         os.setsid()
@@ -274,6 +268,7 @@ def in_process(command: list[str]) -> int:
     sys.argv = list(command)
     code: object = 0
     try:
+        sys.modules["__main__"] = types.ModuleType("__main__")  # what runs is not the keeper's program
         if command[:2] == ["python", "-m"]:
             sys.argv = command[2:]
             runpy.run_module(command[2], run_name="__main__", alter_sys=True)
@@ -344,7 +339,3 @@ def main() -> None:
         keeper.serve()
     finally:
         leave()
-
-
-if __name__ == "__main__":
-    main()

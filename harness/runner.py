@@ -32,9 +32,11 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
-BAR = re.compile(rb"([^\r\n|]*?):?\s*\d+%\|[^|]*\|\s*([\d.]+[kMG]?)/([\d.]+[kMG]?) \[")
+BAR = re.compile(rb"([^\r\n|]*?):?[ \t]*\d+%\|[^|]*\|\s*([\d.]+[kMG]?)/([\d.]+[kMG]?) \[")
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 NOISE = re.compile(r"^\s|^Traceback|^\s*$|it/s|s/it|━|╭|╰|│|\bWARNING\b|\bDEBUG\b|Warning:")
+# Not `-m harness.keeper`: what a command is named, and what its own children import, follows from the main module.
+START = "from harness.keeper import main; main()"
 SAMPLE_S = 0.5  # between two looks at a command's memory
 
 
@@ -111,7 +113,7 @@ class LocalRunner:
         options = ["--parent", str(os.getpid()), *(["--preload"] if preloaded else [])]
         with log.open("ab") as sink:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-m", "harness.keeper", str(theirs.fileno()), *options],
+                [sys.executable, "-c", START, str(theirs.fileno()), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
