@@ -7,13 +7,14 @@ is worth (`outcomes`).
 from __future__ import annotations
 
 import copy
+import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import StageError
+from harness.errors import LoopError, StageError
 from harness.stages import OWN, External, Recipe, Source, slot
 
 RECIPE = "recipe.yml"
@@ -21,6 +22,12 @@ ANSWERS = "answers"  # the folder inside a stage's that lm-eval fills
 NF4_COPY = "nf4"
 DATE = "[0-9][0-9][0-9][0-9]-*"  # how lm-eval ends its file names; a task may be named as another's beginning
 TOOLS = ("lm_eval", "transformers", "torch", "datasets", "thinkswitch_plugin")
+# What a recipe may say to lm-eval alone but not to a loop, and why.
+UNFIT = {
+    "use_cache": "lm-eval would give one checkpoint's answers for another's",
+    "cache_requests": "lm-eval would ask as it did under other settings",
+    "samples": "--limit asks fewer questions",
+}
 PHASES = {
     "Building contexts": "questions written out",
     "Running generate_until": "questions answered",
@@ -47,10 +54,24 @@ class Settings:
 
 
 def recipe_for(recipe: Recipe, settings: Settings, tasks: Sequence[str]) -> tuple[Recipe, dict[str, Source]]:
-    """An lm-eval config for the input `checkpoint` and these tasks, and what it reads beside that."""
+    """An lm-eval config for the input `checkpoint` and these tasks, and what it reads beside that.
+
+    Raises:
+        LoopError: if the recipe has a setting with which the loop could not go on.
+    """
     result = copy.deepcopy(recipe)
     inputs: dict[str, Source] = {}
-    result["model_args"] = {**result.get("model_args", {}), "pretrained": slot("checkpoint")}
+    arguments = result.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise LoopError("lm-eval recipe: model_args: must be a mapping, as in model_args: {dtype: float32}")
+    for key in (key for key in UNFIT if result.get(key)):
+        raise LoopError(f"lm-eval recipe: {key}: {UNFIT[key]}; take it out of the recipe")
+    if arguments.get("think_end_token") is not None:
+        raise LoopError(
+            "lm-eval recipe: model_args: think_end_token: nobody could tell which traces closed; take it out of the "
+            "recipe, traces are taken away before anything is graded"
+        )
+    result["model_args"] = {**arguments, "pretrained": slot("checkpoint")}
     result["tasks"] = list(tasks)
     result["output_path"] = f"{OWN}/{ANSWERS}/results.json"  # a .json: no further folder named after the model
     result["log_samples"] = True
@@ -105,7 +126,7 @@ def samples(folder: Path, task: str, count: int = -1) -> Iterator[dict[str, Any]
     Raises:
         StageError: if lm-eval left none, fewer than it asked, or a line that is not whole.
     """
-    files = sorted(folder.glob(f"samples_{task}_{DATE}.jsonl"))
+    files = sorted(folder.glob(f"samples_{glob.escape(task)}_{DATE}.jsonl"))
     if not files:
         raise StageError(f"{folder}: lm-eval left no samples of {task}; its log is beside that folder")
     first = None
@@ -114,11 +135,12 @@ def samples(folder: Path, task: str, count: int = -1) -> Iterator[dict[str, Any]
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-            except ValueError:
+                of_filter = row.get("filter")
+            except (ValueError, AttributeError):
                 again = "remove that folder and run the same command again"
                 raise StageError(f"{files[-1]}:{number}: not whole; {again}") from None
-            first = first or row.get("filter")
-            if row.get("filter") == first:
+            first = first or of_filter
+            if of_filter == first:
                 seen += 1
                 yield row
     if count not in (-1, seen):
@@ -132,15 +154,14 @@ def texts(sample: Mapping[str, Any], task: str) -> list[str]:
     """Every answer the model wrote to one question.
 
     Raises:
-        StageError: if one is no text.
+        StageError: if there is none, or one that is no text.
     """
     written = sample["resps"][0] if sample["resps"] else []
-    for text in written:
-        if not isinstance(text, str):
-            raise StageError(
-                f"{task}: question {sample.get('doc_id')}: the model gave no answer (null); "
-                "see that stage's log, and the server's if one answered"
-            )
+    if not written or not all(isinstance(text, str) for text in written):
+        raise StageError(
+            f"{task}: question {sample.get('doc_id')}: the model gave no answer (null); "
+            "see that stage's log, and the server's if one answered"
+        )
     return list(written)
 
 
