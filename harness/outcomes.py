@@ -7,6 +7,7 @@ traces.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,8 +18,10 @@ from typing import Any
 from harness.asking import asked_tasks, prompt_of, samples, texts
 from harness.errors import StageError
 from harness.stats import interval
-from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, split_trace
+from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, Trace, split_trace
 
+AGAIN = "remove its folder and run the same command again"
+QUESTION_HEX = 16  # of SHA-256: 64 bits, of which no two of a million questions share all
 Row = dict[str, Any]
 Counter = Callable[[str], int]
 
@@ -29,7 +32,7 @@ class Outcome:
 
     Attributes:
         task: its name.
-        question: a hash of the question, the same in every run that asks it.
+        question: a hash of the question, the same for every checkpoint and in every run that asks it.
         score: in [0, 1]; the mean over the answers where a question was asked more than once.
         answers: how many answers there are; the four below are sums over them.
         closed: traces that closed with an answer after them.
@@ -53,6 +56,17 @@ def opened_trace(sample: Mapping[str, Any]) -> bool:
     prompt = prompt_of(sample)
     ends_open = isinstance(prompt, str) and prompt.rstrip().endswith(tuple(opening for opening, _ in DEFAULT_TAGS))
     return bool(sample["doc"].get("trace_opened", ends_open))
+
+
+def question(sample: Mapping[str, Any]) -> str:
+    """A hash of the question's row without what our tasks note there of the model that is asked."""
+    row = {name: value for name, value in sample["doc"].items() if name != "trace_opened"}
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:QUESTION_HEX]
+
+
+def after_trace(text: str, trace: Trace) -> str:
+    """What is graded of a text that was taken apart: as it was written if it has no trace."""
+    return text if trace.reasoning is None else trace.answer or ""
 
 
 def closed_share(folder: Path, tasks: Iterable[str]) -> tuple[int, int]:
@@ -84,7 +98,9 @@ def read(folder: Path, checkpoint: Path | None, graded: Path | None = None) -> l
     found = []
     for task, n in asked_tasks(folder).items():
         for sample in samples(folder, task, n):
-            scores = again[task][sample["doc_id"]] if task in again else None
+            scores = again[task].get(sample["doc_id"], []) if task in again else None
+            if scores is not None and len(scores) != len(texts(sample, task)):
+                raise StageError(f"{graded}: does not fit the answers of {task}; {AGAIN}")
             found.append(outcome(task, sample, scores, count))
     return found
 
@@ -101,11 +117,10 @@ def outcome(task: str, sample: Mapping[str, Any], scores: list[float] | None, co
     whole = rest = None
     if count:
         whole = sum(map(count, answers))
-        rest = sum(count(trace.answer or "") if trace.reasoning is not None else 0 for trace in traces)
-        rest += sum(count(text) for text, trace in zip(answers, traces, strict=True) if trace.reasoning is None)
+        rest = sum(map(count, map(after_trace, answers, traces)))
     return Outcome(
         task=task,
-        question=str(sample.get("doc_hash") or sample.get("doc_id")),
+        question=question(sample),
         score=math.fsum(scores) / len(scores),
         answers=len(answers),
         closed=sum(trace.status == "closed" for trace in traces),
@@ -151,7 +166,7 @@ def read_grades(file: Path) -> dict[str, dict[int, list[float]]]:
             grades.setdefault(row["task"], {})[row["doc_id"]] = scores
         return grades
     except (OSError, ValueError, KeyError, TypeError):
-        raise StageError(f"{file}: missing or not whole; remove its folder and run the same command again") from None
+        raise StageError(f"{file}: missing or not whole; {AGAIN}") from None
 
 
 def summary(outcomes: Iterable[Outcome]) -> list[Row]:
