@@ -1,60 +1,53 @@
-"""The whole loop through its command: real labels, real QLoRA, real merges, real scores, on the embedded pair."""
+"""The whole loop: real labels, real QLoRA, real merges, real scores, on the embedded pair.
+
+Once through its command, from outside; the rest in this process, on a runner that has the tools already.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from datasets import load_from_disk
+from small import Ran, run_here, small_loop, ts_loop
 
-from harness import loop as orchestrator
-from harness.rundir import digests
-
-TS_LOOP = str(Path(sys.executable).with_name("ts-loop"))
-
-
-def small_loop(recipes: Path, folder: Path, **changes: Any) -> Path:
-    """The shipped loop with its own recipes, made short: few prompts of one's own, one epoch."""
-    folder.mkdir(exist_ok=True)
-    for file in recipes.glob("*.yml"):
-        shutil.copy(file, folder)
-    for name in ("instruct_distill.yml", "on_policy_kl.yml"):
-        written = yaml.safe_load((folder / name).read_text())
-        (folder / name).write_text(yaml.safe_dump({**written, "num_epochs": 1, "micro_batch_size": 16}))
-    questions = [json.loads(line) for line in (recipes.parent / "tasks/mini_math/prompts.jsonl").open()][:32]
-    rows = [{"problem": question["question"], "answer": "0"} for question in questions]
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loop = yaml.safe_load((folder / "loop.yml").read_text())
-    pair = {who: str(recipes / loop[who]) for who in ("instruct", "thinking")}
-    settings = {**loop, **pair, "name": "small", "prompts": ["mine.jsonl"], "tasks": ["mini_qa"], "iterations": 1}
-    (folder / "loop.yml").write_text(yaml.safe_dump({**settings, **changes}))
-    return folder / "loop.yml"
-
-
-def ts_loop(*options: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    said = subprocess.run([TS_LOOP, *map(str, options)], capture_output=True, text=True, timeout=600, check=False)
-    assert "Traceback" not in said.stderr
-    assert (said.returncode == 0) == ok, said.stdout + said.stderr
-    return said
+from harness import loop
+from harness.config import load, read_recipes
+from harness.errors import LoopError, StageError
+from harness.files import digest
+from harness.plan import Step, plan
+from harness.runner import LocalRunner
+from harness.stages import OWN, Kind, Output, Stage, slot
+from harness.view import View
 
 
 @pytest.fixture(scope="module")
 def finished(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """A run of one iteration: its folder, its loop.yml and what it printed."""
+    """A run of one iteration by the command: its folder, its loop.yml and what it printed."""
     folder = tmp_path_factory.mktemp("loop")
     config = small_loop(recipes, folder / "mine")
     said = ts_loop("--config", config, "--out", folder / "runs")
     return folder / "runs" / "small", config, said.stdout + said.stderr
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, Path, str], tmp_path: Path) -> tuple[Path, Path]:
+    """The finished run to go on from: its folder of runs, and its loop.yml."""
+    shutil.copytree(finished[0].parent, tmp_path / "runs", symlinks=True)
+    return tmp_path / "runs", finished[1]
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((run / "results.json").read_text())["rows"]
+    return rows
+
+
+# --- from outside ---
 
 
 def test_results_have_the_documented_schema(finished: tuple[Path, Path, str]) -> None:
@@ -63,11 +56,11 @@ def test_results_have_the_documented_schema(finished: tuple[Path, Path, str]) ->
     seen = [(row["iteration"], row["checkpoint"], row["task"]) for row in results["rows"]]
     assert seen == [(k, who, "mini_qa") for k in (0, 1) for who in ("instruct", "thinking")]
     for row in results["rows"]:
-        assert row["n"] >= 200
+        assert row["n"] == 40
         assert row["accuracy"] == row["correct"] / row["n"]
         assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
         assert row["tokens_per_answer"] > 0
-        assert (row["closed_traces"] > 0.9) == (row["checkpoint"] == "thinking")
+        assert (row["closed_traces"] > 0.9) == (row["checkpoint"] == "thinking") == (row["trace_tokens"] > 0)
 
 
 def test_only_our_own_lines_reach_the_terminal(finished: tuple[Path, Path, str]) -> None:
@@ -77,6 +70,19 @@ def test_only_our_own_lines_reach_the_terminal(finished: tuple[Path, Path, str])
     assert "32 of 32 answers closed their trace" in printed
     assert "kept 32 of 32 rows" in printed
     assert str(folder / "report.html") in printed
+
+
+def test_the_run_s_folder_links_to_its_stages(finished: tuple[Path, Path, str]) -> None:
+    folder = finished[0]
+    names = {str(p.relative_to(folder)) for p in folder.glob("iter_*/*")}
+    assert names == {
+        *(f"iter_0{k}/evaluate_{who}" for k in (0, 1) for who in ("instruct", "thinking")),
+        *(f"iter_01/{name}" for name in ("generate", "distill", "reconstruct")),
+    }
+    for name in names:
+        assert not os.path.isabs(os.readlink(folder / name))
+        assert (folder / name / "stage.json").is_file()
+    assert (folder / "iter_01/distill/instruct/model.safetensors").is_file()
 
 
 def test_the_rebuilt_thinking_checkpoint_still_thinks(finished: tuple[Path, Path, str], recipes: Path) -> None:
@@ -92,106 +98,296 @@ def test_each_stage_notes_what_it_read_and_left(finished: tuple[Path, Path, str]
     folder = finished[0]
     for file in folder.glob("iter_*/*/stage.json"):
         stage = json.loads(file.read_text())
-        on_disk = {name: value for name, value in digests(file.parent).items() if name != "stage.json"}
-        assert stage["outputs"] == on_disk
+        left = {
+            str(p.relative_to(file.parent)): [p.stat().st_size, digest(p)]
+            for p in file.parent.rglob("*")
+            if p.is_file()
+        }
+        assert stage["outputs"] == {name: value for name, value in left.items() if name != "stage.json"}
+        assert stage["key"] == Path(os.readlink(file.parent)).name
         assert stage["wall_s"] >= stage["body_s"] > 0
         assert stage["cpu_s"] > 0
         assert stage["peak_memory_mb"] > 100
-        assert stage["inputs"]
+        assert stage["reads"]["inputs"]
     noted = json.loads((folder / "run.json").read_text())
-    assert noted["asked"]["inputs"].keys() == {"instruct", "thinking", "prompts"}
-    assert {"python", "axolotl", "torch", "mergekit", "lm_eval"} <= noted["versions"].keys()
+    assert {"axolotl", "torch", "mergekit", "lm_eval"} <= noted["versions"].keys()
 
 
-def test_a_finished_run_is_shown_again_at_once_and_not_touched(finished: tuple[Path, Path, str]) -> None:
+def test_the_same_run_under_another_name_runs_nothing(finished: tuple[Path, Path, str]) -> None:
     folder, config, _ = finished
-    before = {name: value for name, value in digests(folder).items() if name.startswith("iter_")}
-    said = ts_loop("--config", config, "--out", folder.parent)
-    assert "5 of 5 stages are done" in said.stdout
-    assert {name: value for name, value in digests(folder).items() if name.startswith("iter_")} == before
+    marks = {path: path.stat().st_mtime_ns for path in (folder.parent / "stages").glob("*/stage.json")}
+    said = ts_loop("--config", config, "--out", folder.parent, "--name", "other", "--json")
+    assert said.stderr.count("(made by small)") == 7
+    assert {path: path.stat().st_mtime_ns for path in (folder.parent / "stages").glob("*/stage.json")} == marks
+    assert json.loads(said.stdout)["rows"] == rows_of(folder.parent / "other") == rows_of(folder)
+    shutil.rmtree(folder.parent / "other")
 
 
-def test_other_settings_under_the_same_name_are_refused(finished: tuple[Path, Path, str]) -> None:
+def test_a_look_at_a_finished_run_adds_no_time(finished: tuple[Path, Path, str]) -> None:
     folder, config, _ = finished
-    said = ts_loop("--config", config, "--out", folder.parent, "--t", "0.9", ok=False)
-    assert "another t (0.1, now 0.9)" in said.stderr
+    before = json.loads((folder / "results.json").read_text())
+    said = ts_loop("--config", config, "--out", folder.parent, "-q")
+    assert "mini_qa" in said.stdout
+    assert "time by stage" not in said.stdout
+    after = json.loads((folder / "results.json").read_text())
+    assert after == before
+    assert after["wall_s"] >= max(json.loads(p.read_text())["wall_s"] for p in folder.glob("iter_*/*/stage.json"))
 
 
-def test_labels_are_the_model_s_own(finished: tuple[Path, Path, str], recipes: Path, tmp_path: Path) -> None:
-    """Every gold answer swapped for other garbage: the samples and the tokenised training set are the same."""
+# --- what a change makes stale ---
+
+
+def test_more_iterations_go_on_and_fewer_take_nothing_away(copied: tuple[Path, Path], runner: LocalRunner) -> None:
+    out, config = copied
+    more = run_here(config, out, runner, iterations=2)
+    assert "continuing" in more.said
+    assert "7 of 12 stages are done" in more.said
+    assert [row["iteration"] for row in more.results["rows"]] == [0, 0, 1, 1, 2, 2]
+    made = more.made()
+    fewer = run_here(config, out, runner, iterations=1)
+    assert fewer.results["rows"] == more.results["rows"]
+    assert fewer.made() == made
+    assert (fewer.folder / "iter_02/distill").is_symlink()
+
+
+def test_a_changed_setting_runs_what_depends_on_it_and_says_why(copied: tuple[Path, Path], runner: LocalRunner) -> None:
+    out, config = copied
+    before = run_here(config, out, runner)
+    made = before.made()
+    after = run_here(config, out, runner, changes=("distill.learning_rate=1e-3",))
+    assert "distill: learning_rate 0.002 → 0.001\n" in after.said
+    steps = {f"{step.iteration}/{step.name}": step.stage for step in after.run.steps}
+    stale = {"1/distill"}  # and what reads it, by the graph
+    for name, stage in steps.items():
+        if any(steps[other] is needed for other in stale for needed in stage.needs()):
+            stale.add(name)
+    assert {name for name in steps if after.keys[name] != before.keys[name]} == stale
+    assert stale == {"1/distill", "1/reconstruct", "1/evaluate_instruct", "1/evaluate_thinking"}
+    now = after.made()
+    assert all(now[after.keys[name]] == made[before.keys[name]] for name in steps if name not in stale)
+    back = run_here(config, out, runner)  # nothing was lost
+    assert back.made() == made
+    assert back.results["rows"] == before.results["rows"]
+
+
+def test_a_stage_is_done_again_where_it_is_asked_for(copied: tuple[Path, Path], runner: LocalRunner) -> None:
+    out, config = copied
+    before = run_here(config, out, runner)
+    made = before.made()
+    after = run_here(config, out, runner, wishes=loop.Wishes(again_from="iter_01/reconstruct"))
+    again = {name for name, key in after.keys.items() if after.made()[key] != made[key]}
+    assert again == {"1/reconstruct", "1/evaluate_thinking"}
+    assert after.results["rows"] == before.results["rows"]
+    with pytest.raises(LoopError, match="--from rebuild: this run has no such stage"):
+        run_here(config, out, runner, wishes=loop.Wishes(again_from="rebuild"))
+
+
+def test_a_broken_off_stage_is_done_again_with_the_same_outcome(copied: tuple[Path, Path], runner: LocalRunner) -> None:
+    out, config = copied
+    before = run_here(config, out, runner)
+    checkpoints = ("distill/instruct", "reconstruct/thinking")
+    kept = {name: digest(before.folder / f"iter_01/{name}/model.safetensors") for name in checkpoints}
+    for name in ("1/distill", "1/evaluate_thinking"):
+        (before.run.store.folder(before.keys[name]) / "stage.json").unlink()
+    (before.folder / "iter_01/distill/instruct/model.safetensors").write_bytes(b"half of it")
+    after = run_here(config, out, runner)
+    assert "5 of 7 stages are done" in after.said
+    assert kept == {name: digest(after.folder / f"iter_01/{name}/model.safetensors") for name in kept}
+    assert after.results["rows"] == before.results["rows"]
+
+
+def test_overwritten_weights_are_noticed(copied: tuple[Path, Path], runner: LocalRunner) -> None:
+    out, config = copied
+    before = run_here(config, out, runner)
+    weights = before.folder / "iter_01/reconstruct/thinking/model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    unseen = run_here(config, out, runner)  # the size is right
+    assert unseen.made() == before.made()
+    seen = run_here(config, out, runner, wishes=loop.Wishes(verify=True))
+    assert "thinking/model.safetensors changed since it was made; it is done again" in seen.said
+    assert weights.read_bytes() == kept
+    weights.write_bytes(kept[:-1])
+    shorter = run_here(config, out, runner)
+    assert "6 of 7 stages are done" in shorter.said
+    assert weights.read_bytes() == kept
+
+
+def test_an_input_that_is_written_to_is_another_one(recipes: Path, tmp_path: Path) -> None:
+    thinking = Path(shutil.copytree(recipes / "mini/thinking", tmp_path / "thinking"))
+    config = small_loop(recipes, tmp_path / "mine", thinking=str(thinking))
+    settings = loop_settings(config)
+    first = loop.prepare(*settings, tmp_path / "runs", View())
+    weights = thinking / "model.safetensors"
+    kept = weights.read_bytes()
+    (thinking / ".DS_Store").write_bytes(b"x")
+    same = loop.prepare(*settings, tmp_path / "runs", View())
+    assert [same.keys[s.stage] for s in same.steps] == [first.keys[s.stage] for s in first.steps]
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    other = loop.prepare(*settings, tmp_path / "runs", View())
+    changed = {
+        s.name for s, t in zip(other.steps, first.steps, strict=True) if other.keys[s.stage] != first.keys[t.stage]
+    }
+    assert changed == {"evaluate_thinking", "generate", "distill", "reconstruct", "evaluate_instruct"}
+    key = other.keys[other.steps[1].stage]
+    weights.write_bytes(kept)
+    with pytest.raises(LoopError, match="was written to while this run used it"):
+        loop.perform(other, None, View(), key, {})  # type: ignore[arg-type]
+
+
+def loop_settings(config: Path) -> tuple[Any, Any]:
+    settings = load(config, {})
+    return settings, read_recipes(settings)
+
+
+# --- what the loop can be ---
+
+
+def test_labels_are_the_model_s_own(recipes: Path, tmp_path: Path) -> None:
+    """Every gold answer swapped for garbage is the same run, to the key: no stage could read one."""
     config = small_loop(recipes, tmp_path / "mine")
+    first = loop.prepare(*loop_settings(config), tmp_path / "runs", View())
     prompts = config.parent / "mine.jsonl"
     swapped = [{**json.loads(line), "answer": f"garbage {n}"} for n, line in enumerate(prompts.open())]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in swapped))
-    ts_loop("--config", config, "--out", tmp_path / "runs")
-    ours = tmp_path / "runs" / "small" / "iter_01"
-    theirs = finished[0] / "iter_01"
-    assert answers(ours) == answers(theirs)
-    assert training_set(ours) == training_set(theirs)
+    second = loop.prepare(*loop_settings(config), tmp_path / "runs", View())
+    assert [second.keys[s.stage] for s in second.steps] == [first.keys[s.stage] for s in first.steps]
+    (generate,) = (step.stage for step in second.steps if step.name == "generate")
+    assert "garbage" not in json.dumps([*generate.files.values(), *generate.recipes.values()])
+    swapped[0]["problem"] += " "
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    third = loop.prepare(*loop_settings(config), tmp_path / "runs", View())
+    assert third.keys[third.steps[2].stage] != first.keys[first.steps[2].stage]
 
 
-def test_on_policy_takes_the_place_of_the_answers(recipes: Path, tmp_path: Path) -> None:
-    config = small_loop(recipes, tmp_path / "mine")
-    said = ts_loop("--config", config, "--out", tmp_path / "runs", "--distill", "on-policy")
-    assert "distill" in said.stdout
-    assert "32 prompts" in said.stdout
-    run = tmp_path / "runs" / "small"
-    recipe = yaml.safe_load((run / "iter_01/distill/recipe.yml").read_text())
-    assert recipe["on_policy_kl"]["teacher"] == str(recipes / "mini/thinking")
-    assert (run / "iter_01/distill/instruct/model.safetensors").is_file()
-    rows = json.loads((run / "results.json").read_text())["rows"]
-    assert [row["iteration"] for row in rows] == [0, 0, 1, 1]
-
-
-def training_set(iteration: Path) -> bytes:
-    """What Axolotl trains on, to the byte, prepared again from the stage's own recipe."""
-    recipe = iteration / "distill" / "recipe.yml"
-    subprocess.run(
-        [Path(TS_LOOP).with_name("axolotl"), "preprocess", recipe], check=True, capture_output=True, timeout=300
-    )
-    prepared = yaml.safe_load(recipe.read_text())["dataset_prepared_path"]
-    (state,) = Path(prepared).glob("*/state.json")
-    rows = load_from_disk(str(state.parent)).to_list()
-    shutil.rmtree(prepared)
-    assert len(rows) == 32
-    return json.dumps(rows, sort_keys=True).encode()
-
-
-def answers(iteration: Path) -> list[Any]:
-    (file,) = (iteration / "generate" / "samples").glob("samples_prompts_file_*.jsonl")
-    return [(row["doc"]["messages"], row["resps"]) for row in map(json.loads, file.open())]
-
-
-def test_a_broken_off_stage_is_done_again_with_the_same_outcome(
-    finished: tuple[Path, Path, str], tmp_path: Path
+def test_on_policy_takes_the_place_of_the_answers(
+    copied: tuple[Path, Path], recipes: Path, runner: LocalRunner
 ) -> None:
-    folder, config, _ = finished
-    shutil.copytree(folder, tmp_path / "runs" / "small")
-    again = tmp_path / "runs" / "small"
-    for stage in ("reconstruct", "evaluate"):
-        (again / "iter_01" / stage / "stage.json").unlink()
-    (again / "iter_01" / "reconstruct" / "thinking" / "model.safetensors").write_bytes(b"half of it")
-    said = ts_loop("--config", config, "--out", tmp_path / "runs")
-    assert "3 of 5 stages are done" in said.stdout
-    for name in ("distill/instruct", "reconstruct/thinking"):
-        weights = f"iter_01/{name}/model.safetensors"
-        assert (again / weights).read_bytes() == (folder / weights).read_bytes()
-    rows, same = (json.loads((f / "results.json").read_text())["rows"] for f in (again, folder))
-    assert rows == same
+    out, config = copied
+    ran = run_here(config, out, runner, distill="on-policy", name="on_policy")
+    assert "32 prompts" in ran.said
+    assert ran.said.count("(made by small)") == 3  # the two evaluations of the pair, and the labels
+    recipe = yaml.safe_load((ran.folder / "iter_01/distill/recipe.yml").read_text())
+    assert recipe["on_policy_kl"]["teacher"] == str(recipes / "mini/thinking")
+    assert (ran.folder / "iter_01/distill/instruct/model.safetensors").is_file()
+    assert [row["iteration"] for row in ran.results["rows"]] == [0, 0, 1, 1]
 
 
-def test_an_interrupt_while_stages_begin_ends_those_that_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped = threading.Event()
+def test_nf4_and_a_recipe_of_its_own_for_the_thinking_checkpoint(
+    recipes: Path, tmp_path: Path, runner: LocalRunner
+) -> None:
+    config = small_loop(recipes, tmp_path / "mine", nf4=True, iterations=0, limit=10)
+    written = yaml.safe_load((config.parent / "evaluate.yml").read_text())
+    (config.parent / "evaluate_thinking.yml").write_text(yaml.safe_dump({**written, "gen_kwargs": {"max_gen_toks": 2}}))
+    settings = yaml.safe_load(config.read_text())
+    settings["recipes"]["evaluate_thinking"] = "evaluate_thinking.yml"
+    config.write_text(yaml.safe_dump(settings))
+    ran = run_here(config, tmp_path / "runs", runner)
+    instruct, thinking = ran.results["rows"]
+    assert thinking["tokens_per_answer"] <= 2 < 3
+    assert thinking["truncated"] == 1
+    assert instruct["truncated"] == 0
+    stage = ran.folder / "iter_00/evaluate_instruct"
+    assert yaml.safe_load((stage / "recipe.yml").read_text())["model_args"]["pretrained"].endswith("/nf4")
+    assert not (stage / "nf4").exists()
 
-    class Interrupted(ThreadPoolExecutor):
-        def submit(self, *args: Any, **kwargs: Any) -> Any:
-            super().submit(*args, **kwargs)
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(orchestrator, "ThreadPoolExecutor", Interrupted)
-    monkeypatch.setattr(orchestrator, "perform", lambda *_: stopped.wait(60))
-    begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        list(orchestrator.side_by_side([None], None, SimpleNamespace(stop=stopped.set), None))  # type: ignore
-    assert stopped.is_set()
-    assert time.monotonic() - begun < 30
+def test_a_recipe_without_an_adapter_trains_the_whole_checkpoint(
+    copied: tuple[Path, Path], recipes: Path, runner: LocalRunner
+) -> None:
+    out, config = copied
+    changes = ("distill.adapter=null", "distill.load_in_4bit=false", "distill.learning_rate=1e-4")
+    ran = run_here(config, out, runner, changes, name="full")
+    trained, source = ran.folder / "iter_01/distill/instruct", recipes / "mini/instruct"
+    assert digest(trained / "model.safetensors") != digest(source / "model.safetensors")
+    assert (trained / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+    assert not list(trained.glob("checkpoint-*"))
+    assert not (ran.folder / "iter_01/distill/adapter").exists()
+    assert len(ran.results["rows"]) == 4
+
+
+def test_a_failed_stage_ends_the_run_and_costs_nothing_already_done(
+    copied: tuple[Path, Path], runner: LocalRunner
+) -> None:
+    out, config = copied
+    with pytest.raises(StageError) as caught:
+        run_here(config, out, runner, changes=("distill.optimizer=no_such_optimizer",))
+    assert caught.value.code == 1
+    assert str(caught.value).startswith("axolotl train failed: ")
+    log = Path(str(caught.value).partition("the whole log: ")[2])
+    assert log.read_text().startswith("$ axolotl train ")
+    assert len(rows_of(out / "small")) == 2  # of the pair as it came
+    assert not (log.parent / "stage.json").exists()
+    again = run_here(config, out, runner)
+    assert "7 of 7 stages" not in again.said
+    assert len(again.results["rows"]) == 4
+
+
+def test_labels_none_of_which_closed_end_the_run_and_more_tokens_mend_it(
+    copied: tuple[Path, Path], runner: LocalRunner
+) -> None:
+    out, config = copied
+    with pytest.raises(StageError, match=r"closed 0 of 32 traces \(0 %\)") as caught:
+        run_here(config, out, runner, changes=("generate.gen_kwargs.max_gen_toks=3",))
+    assert "--set generate.gen_kwargs.max_gen_toks=" in str(caught.value)
+    run_here(config, out, runner, changes=("generate.gen_kwargs.max_gen_toks=96",))  # the advice can be taken
+
+
+def test_two_runs_at_once_share_what_they_have_in_common(recipes: Path, tmp_path: Path, runner: LocalRunner) -> None:
+    config = small_loop(recipes, tmp_path / "mine", limit=12)
+    ended: dict[str, Ran | BaseException] = {}
+
+    def begin(label: str, **overrides: Any) -> None:
+        try:
+            ended[label] = run_here(config, tmp_path / "runs", runner, **overrides)
+        except BaseException as error:
+            ended[label] = error
+
+    asked = {"one": {}, "same": {}, "other": {"name": "other", "t": 0.3}}
+    threads = [threading.Thread(target=begin, args=(label,), kwargs=overrides) for label, overrides in asked.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done = {label: ran for label, ran in ended.items() if isinstance(ran, Ran)}
+    assert set(done) == set(asked), ended
+    assert done["one"].results["rows"] == done["same"].results["rows"]
+    # Each stage was made once: one line with its time in all that was printed.
+    said = "".join(ran.said for ran in done.values()).splitlines()
+    made = [line for line in said if line.startswith("iteration ") and " s " in line and "reused" not in line]
+    keys = {key for ran in done.values() for key in ran.keys.values()}
+    assert len(keys) == 9  # the other run rebuilds and tests a thinking checkpoint of its own
+    logs = [(done["one"].run.store.folder(key) / "log.txt").read_text() for key in keys]
+    assert all(log.count("$ lm_eval") + log.count("$ axolotl train") + log.count("$ mergekit") == 1 for log in logs)
+    assert len(made) >= len(keys)
+
+
+def test_a_kind_of_stage_is_one_module_and_one_line_of_the_plan(
+    copied: tuple[Path, Path], runner: LocalRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the module would hold: a kind, and how it becomes commands. The line of the plan: the step."""
+    compact = Kind(
+        "compact",
+        "instruct is put in NF4",
+        ("transformers", "bitsandbytes"),
+        read=lambda folder, stage: {"mb": sum(p.stat().st_size for p in (folder / "small").iterdir()) / 1e6},
+        note=lambda facts: f"{facts['mb']:.1f} MB",
+        checkpoint="small",
+    )
+
+    def build(distilled: Stage) -> Stage:
+        command = ("axolotl", "nf4", slot("instruct"), f"{OWN}/small")
+        return Stage(compact, {}, (command,), {"instruct": Output(distilled, "instruct")}, device="cpu")
+
+    def planned(*args: Any) -> list[Step]:
+        steps = plan(*args)
+        (distilled,) = (step.stage for step in steps if step.name == "distill")
+        return [*steps, Step(1, "compact", build(distilled))]
+
+    monkeypatch.setattr(loop, "plan", planned)
+    out, config = copied
+    ran = run_here(config, out, runner)
+    assert "7 of 8 stages are done" in ran.said
+    assert any("compact" in line and "MB" in line and " s " in line for line in ran.said.splitlines())
+    assert (ran.folder / "iter_01/compact/small/model.safetensors").is_file()
+    assert "compact" in ran.said.partition("time by stage")[2]
