@@ -41,6 +41,34 @@ def _module(file: Path) -> ModuleType:
 world = _module(RECIPES / "mini/world.py")
 
 
+def trained(
+    folder: Path, recipe: str, data: list[Path], tools: Tools, threads: int | None = None, **changes: Any
+) -> Path:
+    """What `axolotl train` leaves of a shipped recipe, trained once: a folder that is done is left as it is.
+
+    Args:
+        folder: the `output_dir`.
+        recipe: its name, without `.yml`.
+        data: files for the recipe's first dataset entry.
+        tools: run it.
+        threads: of its arithmetic, as `Tools.run` takes them.
+        changes: keys of the recipe; a mapping is laid over the recipe's own, None takes a key out.
+    """
+    if (folder / "done").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    settings = yaml.safe_load((RECIPES / f"{recipe}.yml").read_text())
+    settings.update(output_dir=str(folder), datasets=[{**settings["datasets"][0], "path": str(file)} for file in data])
+    for key, value in changes.items():
+        settings[key] = {**settings.get(key, {}), **value} if isinstance(value, Mapping) else value
+    file = folder / "recipe.yml"
+    file.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+    tools.run(["axolotl", "train", str(file), "--launcher", "python"], folder / "log.txt", threads=threads)
+    (folder / "done").touch()
+    return folder
+
+
 class Lab:
     """Labels, trainings and scores, each made once."""
 
@@ -64,33 +92,21 @@ class Lab:
         return file
 
     def train(self, name: str, recipe: str, start: Path, data: list[Path], seed: int, **changes: Any) -> Path:
-        """Train by a shipped recipe in float32 LoRA; the folder it leaves. A mapping in `changes` is laid over one."""
+        """`trained`, in float32 LoRA; on-policy, the thinking checkpoint is the teacher if `changes` name no other."""
         folder = self.out / name
-        if (folder / "done").exists():
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        settings = yaml.safe_load((RECIPES / f"{recipe}.yml").read_text())
-        settings.update(
-            LORA,
-            base_model=str(start),
-            output_dir=str(folder),
-            dataset_prepared_path=str(folder / "prepared"),
-            seed=seed,
-            save_only_model=True,
-            save_total_limit=1000,
-            datasets=[{**settings["datasets"][0], "path": str(file)} for file in data],
-        )
-        if "on_policy_kl" in settings:
-            settings["on_policy_kl"].update(teacher=str(THINKING), show_every=0)
-        for key, value in changes.items():
-            settings[key] = {**settings.get(key, {}), **value} if isinstance(value, Mapping) else value
-        settings = {key: value for key, value in settings.items() if value is not None}
-        file = folder / "recipe.yml"
-        file.write_text(yaml.safe_dump(settings))
-        self.tools.run(["axolotl", "train", str(file), "--launcher", "python"], folder / "log.txt")
+        same = {
+            **LORA,
+            "base_model": str(start),
+            "dataset_prepared_path": str(folder / "prepared"),
+            "seed": seed,
+            "save_only_model": True,
+            "save_total_limit": 1000,
+        }
+        if recipe == "on_policy_kl":
+            block = {"teacher": str(THINKING), "show_every": 0, **changes.pop("on_policy_kl", {})}
+            changes["on_policy_kl"] = block
+        trained(folder, recipe, data, self.tools, **{**same, **changes})
         shutil.rmtree(folder / "prepared", ignore_errors=True)
-        (folder / "done").touch()
         return folder
 
     def merge(self, folder: Path) -> Path:

@@ -12,7 +12,7 @@ updates (`axolotl train` on the shipped recipes, changed where it is said below)
     oracle    hard tokens twice           (tah_backbone.yml, unsure_below), scored with the reference's labels
     learned   the same weights after as many updates of tah_decider.yml, scored with the decider
 
-Scores are exact matches on held-out problems, each prediction read after the right words before it, which is right
+Scores are exact matches on held-out problems, each prediction read after the right tokens before it, which is right
 exactly where greedy decoding is. The number of passes is counted over the answer's tokens. Two trainings run side by
 side; what is done is kept in the folder and not made again. Ends with one line of JSON: means and 95 % intervals over
 seeds.
@@ -25,17 +25,16 @@ import hashlib
 import itertools
 import json
 import random
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
 
-import yaml
-from mini_lab import INSTRUCT, RECIPES, mean_and_interval
+from mini_lab import INSTRUCT, mean_and_interval, trained
 
 from harness.tools import Tools
+from thinkswitch_plugin.trace_stripping.args import PLUGIN as TRACE_STRIPPING
 
 BATCH, TEST = 64, 1000
 CORES = BoundedSemaphore(2)  # trainings at once, of any seed
@@ -80,44 +79,26 @@ class Arms:
             (self.out / f"{name}.jsonl").write_text("".join(lines))
 
     def train(self, name: str, recipe: str, start: Path, data: str, rate: float, **changes: Any) -> Path:
-        """`axolotl train` on a shipped recipe; the checkpoint it leaves."""
-        folder = self.out / name
-        if (folder / "done").exists():
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        settings = yaml.safe_load((RECIPES / f"{recipe}.yml").read_text())
-        tah = {**settings.pop("tah"), **changes.pop("tah", {})}
-        settings.update(
-            base_model=str(start),
-            datasets=[{**settings["datasets"][0], "path": str(self.out / f"{data}.jsonl")}],
-            dataset_prepared_path=str(self.out / "prepared"),
-            output_dir=str(folder),
-            micro_batch_size=BATCH,
-            num_epochs=1,
-            max_steps=self.data[data],
-            learning_rate=rate,
-            warmup_steps=20,
-            cosine_min_lr_ratio=0.1,
-            seed=self.seed,
-            tah=tah,
-            logging_steps=50,
-            **changes,
-        )
-        if changes.get("adapter", "tah") is None:
-            del settings["tah"]
-            settings["plugins"] = settings["plugins"][:1]
-        settings = {key: value for key, value in settings.items() if value is not None}
-        file = folder / "recipe.yml"
-        file.write_text(yaml.safe_dump(settings))
+        """`trained`, on this seed's data, an update a batch of fresh problems; the checkpoint it leaves."""
+        same = {
+            "base_model": str(start),
+            "dataset_prepared_path": str(self.out / "prepared"),
+            "micro_batch_size": BATCH,
+            "num_epochs": 1,
+            "max_steps": self.data[data],
+            "learning_rate": rate,
+            "warmup_steps": 20,
+            "cosine_min_lr_ratio": 0.1,
+            "seed": self.seed,
+            "logging_steps": 50,
+        }
+        files = [self.out / f"{data}.jsonl"]
         with CORES:
-            self.tools.run(["axolotl", "train", str(file), "--launcher", "python"], folder / "log.txt", threads=1)
-        (folder / "done").touch()
-        return folder
+            return trained(self.out / name, recipe, files, self.tools, threads=1, **{**same, **changes})
 
     def run(self) -> dict[str, dict[str, float]]:
         """All arms, then their scores."""
-        plain = {"adapter": None}
+        plain = {"adapter": None, "tah": None, "plugins": [TRACE_STRIPPING]}
         rate = self.rates["arms"]
         base = self.train("base_model", "tah_backbone", INSTRUCT, "base", self.rates["base"], **plain)
         single = self.train("single", "tah_backbone", base, "arms", rate, **plain)
