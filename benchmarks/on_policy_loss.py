@@ -1,10 +1,10 @@
 """Memory and time of the on-policy loss against TRL's and Liger's, on the same tensors, in one run.
 
-    python benchmarks/on_policy_loss.py [--tokens 512 --words 151936 --width 2560] [--device cpu]
+    python benchmarks/on_policy_loss.py [--tokens 512 --vocabulary 151936 --width 2560] [--device cpu]
 
 Floor with a frozen head: three matrix products (student's logits, teacher's logits, gradient of the student's states),
-2 · tokens · words · width operations each; a fourth for a trained head. Memory: TRL's non-fused path holds whole
-[tokens × words] logits, log-probabilities and gradients; ours a few chunks of them.
+2 · tokens · vocabulary · width operations each; a fourth for a trained head. Memory: TRL's non-fused path holds whole
+[tokens × vocabulary] logits, log-probabilities and gradients; ours a few chunks of them.
 
 Each contender runs in a process of its own: what is counted is the rise of its peak resident memory (of the device's
 allocated memory on a GPU) over what the tensors themselves take, for loss and backward. Ends with one line of JSON;
@@ -63,13 +63,13 @@ def liger(student: Tensor, head: Tensor, teacher: Tensor, other: Tensor) -> Tens
 def measure(name: str, sizes: tuple[int, int, int], device: str, trained: bool, repeats: int) -> dict[str, float]:
     """One contender in this process: peak extra MB, and the least seconds of a few runs."""
     contender: Callable[..., Tensor] = {"ours": ours, "trl": trl, "liger": liger}[name]
-    tokens, words, width = sizes
+    tokens, vocabulary, width = sizes
     torch.manual_seed(0)
     small = torch.randn(8, 16, device=device)
     contender(small.clone().requires_grad_(), small, small, small).backward()  # imports, once
     student = torch.randn(tokens, width, device=device, requires_grad=True)
     teacher = torch.randn(tokens, width, device=device)
-    heads = [torch.randn(words, width, device=device).mul_(width**-0.5) for _ in range(2)]
+    heads = [torch.randn(vocabulary, width, device=device).mul_(width**-0.5) for _ in range(2)]
     heads[0].requires_grad_(trained)
     F.linear(student[:1].detach(), heads[0].detach())  # matrix products bring their own buffers
     before, seconds, peak = memory(device), [], 0.0
@@ -96,7 +96,7 @@ def memory(device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--words", type=int, default=151_936)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--width", type=int, default=2_560)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=2)
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--trained", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.only:
-        sizes = (asked.tokens, asked.words, asked.width)
+        sizes = (asked.tokens, asked.vocabulary, asked.width)
         print(json.dumps(measure(asked.only, sizes, asked.device, asked.trained, asked.repeats)))
         return
     found: dict[str, dict[str, float]] = {}

@@ -76,7 +76,7 @@ def random_checkpoint(
     }
     model = TaHForCausalLM.from_backbone(AutoModelForCausalLM.from_config(config), **asked)
     for name, parameter in model.named_parameters():
-        if name.endswith(".B"):
+        if name.endswith(".lora_B"):
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
     return model.eval()

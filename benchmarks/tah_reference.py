@@ -39,8 +39,8 @@ def theirs(name: str) -> str:
         inner, _, kind = rest.rpartition(".")
         return f"iter_decider.{DECIDER[inner]}.{kind}"
     path, _, kind = rest.rpartition(".")
-    if kind in ("A", "B"):
-        return f"simple_base_model.base_model.model.{path}.lora_{kind}.default.weight"
+    if kind in ("lora_A", "lora_B"):
+        return f"simple_base_model.base_model.model.{path}.{kind}.default.weight"
     adapted = kind in ("weight", "bias") and path.endswith("_proj")
     return f"simple_base_model.base_model.model.{path}.{'base_layer.' if adapted else ''}{kind}"
 
@@ -129,7 +129,7 @@ def forward(job: dict[str, Any]) -> None:
 
 
 def decode(job: dict[str, Any]) -> None:
-    """Greedy decoding: the words, and seconds of each run."""
+    """Greedy decoding: the tokens, and seconds of each run."""
     from tah.model.utils import TaHForCasualLM_generate
 
     torch.set_num_threads(job["threads"])
@@ -140,7 +140,7 @@ def decode(job: dict[str, Any]) -> None:
     for _ in range(job["runs"] + 1):
         begun = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            words, _ = TaHForCasualLM_generate(
+            tokens, _ = TaHForCasualLM_generate(
                 model,
                 tokenizer,
                 {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
@@ -149,7 +149,7 @@ def decode(job: dict[str, Any]) -> None:
                 verbose=False,
             )
         seconds.append(time.perf_counter() - begun)
-    save_file({"words": torch.tensor(words), "seconds": torch.tensor(seconds[1:])}, job["result"])
+    save_file({"tokens": torch.tensor(tokens), "seconds": torch.tensor(seconds[1:])}, job["result"])
 
 
 def step(job: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def best(run: Callable[[], Any], runs: int) -> float:
 
 
 def greedy(model: Any, ids: Tensor, tokens: int) -> Tensor:
-    """`tokens` new words by Hugging Face generation, no end token."""
+    """`tokens` new tokens by Hugging Face generation, no end token, int64 [B, tokens]."""
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
     return out[:, ids.shape[1] :]
 
@@ -92,7 +92,7 @@ def at_share(model: TaHForCausalLM, ids: Tensor, tokens: int, share: float) -> f
 
 
 def plain_of(model: TaHForCausalLM) -> Any:
-    """A backbone of the same shape by itself; its words do not matter."""
+    """A backbone of the same shape by itself; its answers do not matter."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config), attn_implementation="sdpa").eval()
 
@@ -115,7 +115,7 @@ def decoding(
     if reference:
         inputs = scratch / "ids.safetensors"
         save_file({"input_ids": ids}, inputs)
-        said = reference.ask(
+        their = reference.ask(
             do="decode",
             checkpoint=str(folder),
             inputs=str(inputs),
@@ -124,8 +124,8 @@ def decoding(
             threads=torch.get_num_threads(),
             changes={"threshold": model.config.threshold},
         )
-        found["same_words"] = round(float((said["words"] == greedy(model, ids, tokens)).float().mean()), 4)
-        found["speedup"] = round(float(said["seconds"].min()) / ours, 3)
+        found["same_tokens"] = round(float((their["tokens"] == greedy(model, ids, tokens)).float().mean()), 4)
+        found["speedup"] = round(float(their["seconds"].min()) / ours, 3)
     return found
 
 

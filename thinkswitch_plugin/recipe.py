@@ -1,4 +1,4 @@
-"""What a recipe asks of a plugin, what every plugin refuses or sets in it, and a fingerprint of its datasets.
+"""What a recipe asks of a plugin, what every plugin refuses or sets in it, and a fingerprint of the files it reads.
 
 Knows: the names a recipe uses, and which files a dataset entry reads. Leaves to others: Axolotl's hooks (`plugin` of
 each folder) and what a block's keys mean (`args`).
@@ -7,7 +7,7 @@ each folder) and what a block's keys mean (`args`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,11 +80,20 @@ def name_the_cpu(cfg: Any) -> None:
         cfg.device_map = {"": "cpu"}
 
 
-def add_file(digest: Any, file: Path) -> None:
-    """Add a file's content to a digest of `hashlib`, a piece at a time."""
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
+def leave_lora_kernels_off(cfg: Any) -> None:
+    """Say false for each of Axolotl's LoRA kernels that a recipe leaves open: in 4 bits it turns them on by itself."""
+    for kernel in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
+        if cfg.get(kernel) is None:
+            cfg[kernel] = False
+
+
+def add_files(digest: Any, files: Iterable[Path]) -> None:
+    """Add files to a digest of `hashlib`: each one's name, size in bytes, and content, a piece at a time."""
+    for file in files:
+        digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
 
 
 def is_listed(cfg: Mapping[str, Any], plugin: str) -> bool:
@@ -112,9 +121,7 @@ def fingerprint(entry: Mapping[str, Any], config: BaseModel, version: int) -> st
         A hexadecimal SHA-256 over the files' content, the block and the version of the method.
     """
     digest = hashlib.sha256(f"{version}\n{config.model_dump_json()}\n".encode())
-    for file in _files(entry):
-        digest.update(f"{file.name}\n{file.stat().st_size}\n".encode())
-        add_file(digest, file)
+    add_files(digest, _files(entry))
     return digest.hexdigest()
 
 

@@ -21,10 +21,6 @@ PLUGIN = f"{DATASET_TYPE}.OnPolicyKLPlugin"
 SELF = "self"
 
 
-def _said(text: str) -> dict[str, Any]:
-    return {"description": text}
-
-
 def _as_pairs(tags: Any) -> Any:
     return [tags] if isinstance(tags, list | tuple) and all(isinstance(tag, str) for tag in tags) else tags
 
@@ -34,66 +30,54 @@ class OnPolicyKLConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    teacher: str = Field(
-        json_schema_extra=_said("A checkpoint (folder or hub id), or `self`: the student with its adapter off.")
-    )
+    teacher: str = Field(description="A checkpoint (folder or hub id), or `self`: the student with its adapter off.")
     teacher_load_in_4bit: bool = Field(
-        default=False, json_schema_extra=_said("Hold the teacher's linear layers in NF4 (bitsandbytes).")
+        default=False, description="Hold the teacher's linear layers in NF4 (bitsandbytes)."
     )
     context: Literal["prompt", "trace"] = Field(
         default="prompt",
-        json_schema_extra=_said(
-            "What the teacher reads before the student's answer: the student's own prompt, or its own chat template's "
-            "prompt with its own reasoning trace."
-        ),
+        description="What the teacher reads before the student's answer: the student's own prompt, or its own chat "
+        "template's prompt with its own reasoning trace.",
     )
     trace_max_new_tokens: int = Field(
-        default=2048, ge=1, json_schema_extra=_said("Longest trace the teacher writes where a row brings none.")
+        default=2048, ge=1, description="Longest trace the teacher writes where a row brings none."
     )
     tags: Annotated[Tags, BeforeValidator(_as_pairs)] = Field(
         default=list(DEFAULT_TAGS),
-        json_schema_extra=_said("Pairs of opening and closing tag of a trace; one pair may stand by itself."),
+        description="Pairs of opening and closing tag of a trace; one pair may stand by itself.",
     )
     rollouts_per_prompt: int = Field(
-        default=1, ge=1, json_schema_extra=_said("Answers the student writes to each prompt of a batch.")
+        default=1, ge=1, description="Answers the student writes to each prompt of a batch."
     )
     rollout_batch_size: int | None = Field(
         default=None,
         ge=1,
-        json_schema_extra=_said("Answers written at once; all of a step's, if their key-value cache fits the memory."),
+        description="Answers written at once; all of a step's, if their key-value cache fits the memory.",
     )
-    max_new_tokens: int = Field(default=512, ge=1, json_schema_extra=_said("Longest answer, its end token included."))
-    temperature: float = Field(
-        default=1.0, ge=0.0, json_schema_extra=_said("Of the student's sampler; 0 is greedy decoding.")
-    )
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0, json_schema_extra=_said("Nucleus of the student's sampler."))
-    top_k: int = Field(default=0, ge=0, json_schema_extra=_said("Words the student's sampler may choose from; 0: all."))
+    max_new_tokens: int = Field(default=512, ge=1, description="Longest answer, its end token included.")
+    temperature: float = Field(default=1.0, ge=0.0, description="Of the student's sampler; 0 is greedy decoding.")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus of the student's sampler.")
+    top_k: int = Field(default=0, ge=0, description="Tokens the student's sampler may choose from; 0: all.")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = Field(
-        default="reverse_kl", json_schema_extra=_said("KL(student ‖ teacher), KL(teacher ‖ student), or their mixture.")
+        default="reverse_kl", description="KL(student ‖ teacher), KL(teacher ‖ student), or their mixture."
     )
-    beta: float = Field(
-        default=0.5, gt=0.0, lt=1.0, json_schema_extra=_said("Weight of the teacher in the mixture of `jsd`.")
-    )
+    beta: float = Field(default=0.5, gt=0.0, lt=1.0, description="Weight of the teacher in the mixture of `jsd`.")
     estimator: Literal["full", "sampled"] = Field(
         default="full",
-        json_schema_extra=_said(
-            "`full` sums over the vocabulary; `sampled` looks at the sampled token alone, importance-weighted."
-        ),
+        description="`full` sums over the vocabulary; `sampled` looks at the sampled token alone, importance-weighted.",
     )
     loss_chunk_tokens: int | None = Field(
         default=None,
         ge=1,
-        json_schema_extra=_said("Tokens taken to logits at once, which sets the loss's memory; as many as fit 160 MB."),
+        description="Tokens taken to logits at once, which sets the loss's memory; as many as fit 160 MB.",
     )
     server: str | None = Field(
         default=None,
         pattern=r"^https?://",
-        json_schema_extra=_said("Base URL of an OpenAI-compatible server (vLLM, SGLang) that writes the rollouts."),
+        description="Base URL of an OpenAI-compatible server (vLLM, SGLang) that writes the rollouts.",
     )
-    server_model: str | None = Field(default=None, json_schema_extra=_said("The student's name at that server."))
-    show_every: int = Field(
-        default=0, ge=0, json_schema_extra=_said("Show three rollouts in colour every so many steps; 0: never.")
-    )
+    server_model: str | None = Field(default=None, description="The student's name at that server.")
+    show_every: int = Field(default=0, ge=0, description="Show three rollouts in colour every so many steps; 0: never.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> OnPolicyKLConfig:
@@ -122,7 +106,7 @@ class OnPolicyKLArgs(BaseModel):
     """What the plugin adds to Axolotl's own config model."""
 
     on_policy_kl: OnPolicyKLConfig | None = Field(
-        default=None, json_schema_extra=_said("On-policy distillation: per-token KL on the student's own rollouts.")
+        default=None, description="On-policy distillation: per-token KL on the student's own rollouts."
     )
 
 

@@ -46,7 +46,7 @@ def check_recipe(cfg: Mapping[str, Any], entries: int, dataset_type: str) -> Non
 
 
 def check_teacher(config: OnPolicyKLConfig, student: str) -> None:
-    """A teacher that is there and predicts the same words as the student.
+    """A teacher that is there and has the student's vocabulary.
 
     Args:
         config: the recipe's block.
@@ -68,14 +68,14 @@ def check_teacher(config: OnPolicyKLConfig, student: str) -> None:
     ours = AutoConfig.from_pretrained(student).get_text_config()
     if ours.vocab_size != theirs.vocab_size:
         raise ValueError(
-            f"on_policy_kl: the student {student} predicts {ours.vocab_size} words and the teacher {name} "
-            f"{theirs.vocab_size}: use a teacher of the same family and size of vocabulary, padding included"
+            f"on_policy_kl: the student {student} has a vocabulary of {ours.vocab_size} tokens and the teacher {name} "
+            f"of {theirs.vocab_size}: use a teacher of the same family and size of vocabulary, padding included"
         )
     mine, other = AutoTokenizer.from_pretrained(student).get_vocab(), tokenizer.get_vocab()
     if mine != other:
-        word = sorted(mine.items() ^ other.items())[0][0]
+        token = sorted(mine.items() ^ other.items())[0][0]
         raise ValueError(
-            f"on_policy_kl: the tokenizers of {student} and the teacher {name} differ, in {word!r} for one: "
+            f"on_policy_kl: the tokenizers of {student} and the teacher {name} differ, in {token!r} for one: "
             "token by token they cannot be compared; use a teacher of the same family"
         )
     if config.context == "trace" and tokenizer.pad_token_id is None:

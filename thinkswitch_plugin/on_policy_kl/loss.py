@@ -3,12 +3,12 @@
 Knows tensors: hidden states, heads, the three divergences with their gradients, and the sampled estimator. Leaves to
 others: where hidden states come from (`scoring`), which tokens count and what the sum is divided by (`trainer`).
 
-Logits of N tokens over V words are N × V floats, for student and teacher, and autograd keeps several such tensors. Here
-a chunk of tokens is taken to logits, its divergence and the gradient of that with respect to the *student's hidden
-states* are computed at once, and the buffers are used again for the next chunk: two of chunk × V floats, and scratch
-for a strip of few tokens, whatever N is. Floor: three matrix products a token (student's logits, teacher's logits,
-gradient), 2·H·V operations each; a fourth only if the head is trained. Large chunks because a matrix product reads the
-whole head, narrow strips because what lies between the products is bound by memory.
+Logits of N tokens over a vocabulary of V are N × V floats, for student and teacher, and autograd keeps several such
+tensors. Here a chunk of tokens is taken to logits, its divergence and the gradient of that with respect to the
+*student's hidden states* are computed at once, and the buffers are used again for the next chunk: two of chunk × V
+floats, and scratch for a strip of few tokens, whatever N is. Floor: three matrix products a token (student's logits,
+teacher's logits, gradient), 2·H·V operations each; a fourth only if the head is trained. Large chunks because a matrix
+product reads the whole head, narrow strips because what lies between the products is bound by memory.
 
 With z the student's logits, p = softmax(z), q the teacher's distribution, m = βq + (1-β)p (GKD, arXiv 2306.13649, §2):
 
@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
-CHUNK = 20_000_000  # logits at once: 128 tokens of 152k words, 2 × 80 MB
-STRIP = 1_200_000  # logits turned into gradients at once: 8 such tokens, 2 × 5 MB of scratch
-BLOCK = 1024  # words that a CPU takes logits of at once: its BLAS copies that side first, and 10 MB stay in the cache
+CHUNK_LOGITS = 20_000_000  # of either model at once: 128 tokens over a vocabulary of 152k, 2 × 80 MB in float32
+STRIP_LOGITS = 1_200_000  # turned into gradients at once: 8 such tokens, 2 × 5 MB of scratch
+BLOCK_ROWS = 1024  # of a head, that a CPU multiplies at once: its BLAS copies that side first, and 10 MB stay cached
 
 
 class Samples(NamedTuple):
@@ -95,7 +95,7 @@ def token_loss(
     """
     if student_head.shape[0] != teacher_head.shape[0]:
         raise ValueError(
-            f"the student predicts {student_head.shape[0]} words and the teacher {teacher_head.shape[0]}: "
+            f"the student's vocabulary has {student_head.shape[0]} tokens and the teacher's {teacher_head.shape[0]}: "
             "their logits cannot be compared"
         )
     if student.shape[0] != teacher.shape[0]:
@@ -129,8 +129,8 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         total, width = student.shape[0], student_head.shape[0]
         exact = torch.float64 if student.dtype == torch.float64 else torch.float32
-        rows = min(chunk or max(1, CHUNK // width), total)
-        step = min(max(1, STRIP // width), max(1, rows))
+        rows = min(chunk or max(1, CHUNK_LOGITS // width), total)
+        step = min(max(1, STRIP_LOGITS // width), max(1, rows))
         buffers = torch.empty((2, rows, width), dtype=exact, device=student.device)
         scratch = torch.empty((2, step, width), dtype=exact, device=student.device)
         parts = torch.empty((4, total), dtype=exact, device=student.device)
@@ -180,10 +180,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
-    """hidden @ headᵀ into `out` [C, V], in the dtype of `out`."""
-    words = BLOCK if out.device.type == "cpu" else len(head)
+    """Hidden states [C, H] times a head [V, H], transposed, into `out` [C, V], in the dtype of `out`."""
+    rows = BLOCK_ROWS if out.device.type == "cpu" else len(head)
     hidden = hidden.to(head.dtype)
-    for part, into in zip(head.split(words), out.split(words, dim=1), strict=True):
+    for part, into in zip(head.split(rows), out.split(rows, dim=1), strict=True):
         if head.dtype == out.dtype:
             torch.mm(hidden, part.t(), out=into)
         else:

@@ -15,7 +15,14 @@ from axolotl.utils.dict import DictDefault
 from thinkswitch_plugin.facts import publish
 from thinkswitch_plugin.on_policy_kl.args import BLOCK, DATASET_TYPE, PLUGIN, read_block
 from thinkswitch_plugin.on_policy_kl.checks import check_recipe, check_teacher
-from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, name_the_cpu, seed_adapter
+from thinkswitch_plugin.recipe import (
+    entries_of,
+    fingerprint,
+    is_listed,
+    leave_lora_kernels_off,
+    name_the_cpu,
+    seed_adapter,
+)
 
 # Part of every fingerprint: raise it when the same rows come out differently, so that no prepared set outlives that.
 OUTCOME_VERSION = 2
@@ -39,10 +46,8 @@ class OnPolicyKLPlugin(BasePlugin):
         config = read_block(cfg.get(BLOCK))
         entries = entries_of(cfg, DATASET_TYPE)
         check_recipe(cfg, len(entries), DATASET_TYPE)
-        # Axolotl's LoRA kernels patch the attention class itself, which the teacher's layers are of too.
-        for kernel in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
-            if cfg.get(kernel) is None:
-                cfg[kernel] = False
+        # They patch the attention class itself, which the teacher's layers are of too.
+        leave_lora_kernels_off(cfg)
         for entry in entries:
             entry["input_transform"] = f"{BLOCK} {fingerprint(entry, config, OUTCOME_VERSION)}"
 

@@ -29,9 +29,9 @@ class Report:
 
     def line(self) -> str:
         """The counts in one line, without the dataset's name."""
-        said = f"{self.prompts} prompts"
-        said += f", {self.with_trace} with a trace for the teacher" if self.with_trace else ""
-        return said + (f"; left out {self.unclosed} whose trace never closed" if self.unclosed else "")
+        traced = f", {self.with_trace} with a trace for the teacher" if self.with_trace else ""
+        unclosed = f"; left out {self.unclosed} whose trace never closed" if self.unclosed else ""
+        return f"{self.prompts} prompts{traced}{unclosed}"
 
 
 def sentence(facts: Mapping[str, Any]) -> str:

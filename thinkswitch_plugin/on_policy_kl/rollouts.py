@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
 
-SERVER_TIMEOUT = 3600  # seconds; a batch of long answers takes its time
+SERVER_TIMEOUT_S = 3600  # a batch of long answers takes its time
 
 
 class Rollout(NamedTuple):
@@ -171,7 +171,7 @@ def from_server(
         "return_token_ids": True,
     }
     try:
-        reply = requests.post(url, json=body, timeout=SERVER_TIMEOUT)
+        reply = requests.post(url, json=body, timeout=SERVER_TIMEOUT_S)
         reply.raise_for_status()
         choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
         repeated = [prompt for prompt in prompts for _ in range(config.rollouts_per_prompt)]

@@ -17,15 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, end_tokens, generate
+from thinkswitch_plugin.scaling import OF_LOGITS, scaled
 from thinkswitch_plugin.trace_stripping.trace import TagPairs, template_opens_trace, trace_end
 
-TOKENS = 16_384  # the teacher reads at once
-# Models whose logits are not hidden @ headᵀ.
-RESCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+TEACHER_TOKENS = 16_384  # tokens that the teacher reads at once, padding included
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
-    """The output weights [V, H] of a causal model, under an adapter or not.
+    """The output weights [V, H] of a causal model, in their own dtype, under an adapter or not.
 
     Raises:
         ValueError: if its logits are more than hidden states times a matrix, or the head itself has an adapter.
@@ -35,11 +34,13 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     if isinstance(saved, nn.ModuleDict):  # peft keeps a trained copy of a whole layer
         head = head.original_module if head.disable_adapters else saved[head.active_adapters[0]]
     config = model.config.get_text_config()
-    rescaled = [key for key in RESCALED if getattr(config, key, None) not in (None, 1, 1.0)]
-    if rescaled or getattr(head, "bias", None) is not None:
-        raise ValueError(f"{model.config.model_type}: its logits have a bias or {', '.join(RESCALED)}: not supported")
+    more = [*scaled(config, OF_LOGITS), *(["a bias"] if getattr(head, "bias", None) is not None else [])]
+    if more:
+        raise ValueError(
+            f"on_policy_kl: the logits of {model.config.model_type} have {more[0]} beside a matrix; use another family"
+        )
     if hasattr(head, "base_layer"):
-        raise ValueError("the output layer has a LoRA adapter: take lm_head out of lora_target_modules")
+        raise ValueError("on_policy_kl: the output layer has a LoRA adapter: take lm_head out of lora_target_modules")
     weight: Tensor = head.weight
     return weight
 
@@ -116,7 +117,7 @@ class Teacher:
 
     def states(self, batch: Sequences) -> Tensor:
         """Its last hidden states [N, K] at the positions that predict answer tokens."""
-        rows = max(1, TOKENS // batch.input_ids.shape[1])  # a trace may be long, and comes with every rollout
+        rows = max(1, TEACHER_TOKENS // batch.input_ids.shape[1])  # a trace may be long, and comes with every rollout
         with self._awake() as model:
             parts = zip(*(part.split(rows) for part in batch), strict=True)
             return torch.cat([answer_states(model, model, Sequences(*part)) for part in parts])

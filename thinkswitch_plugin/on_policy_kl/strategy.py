@@ -103,12 +103,12 @@ class OnPolicyKLStrategy(DatasetWrappingStrategy):
         ids = self.student(messages)
         theirs = ids if self.config.context == "prompt" else self.teacher(messages, trace)
         writes = trace is None and self.config.context == "trace"
-        room = self.config.max_new_tokens
-        longest = max(len(ids), len(theirs) + (self.config.trace_max_new_tokens if writes else 0)) + room
-        if len(ids) + room > self.longest:
+        answer = self.config.max_new_tokens
+        longest = max(len(ids), len(theirs) + (self.config.trace_max_new_tokens if writes else 0)) + answer
+        if len(ids) + answer > self.longest:
             raise ValueError(
                 f"on_policy_kl: {self.path}: row {number}: the prompt has {len(ids)} tokens and the answer may have "
-                f"{room}: raise sequence_len from {self.longest} to {longest}, or lower max_new_tokens"
+                f"{answer}: raise sequence_len from {self.longest} to {longest}, or lower max_new_tokens"
             )
         return {
             "input_ids": ids,

@@ -40,7 +40,7 @@ from thinkswitch_plugin.on_policy_kl.rollouts import (
 from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight
 from thinkswitch_plugin.on_policy_kl.view import show
 
-SHOWN = 3
+SHOWN_ROLLOUTS = 3
 
 COLUMNS = ("input_ids", "teacher_input_ids", "teacher_thinks")  # of the prompt dataset
 
@@ -53,7 +53,7 @@ def collate(rows: list[Batch]) -> Batch:
     return {key: [row[key] for row in rows] for key in COLUMNS}
 
 
-class Tally:
+class IntervalMetrics:
     """Sums over a logging interval, from all micro-batches of this process; the first process's are logged."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Tally:
         per = {"kl": tokens, "loss": tokens, "student_entropy": tokens, "teacher_entropy": tokens}
         per |= {"truncated": rollouts, "length": rollouts, "rollout_s": steps, "teacher_s": steps, "update_s": steps}
         result = {f"opd/{key}": s.get(key, 0.0) / by for key, by in per.items()}
-        return {**result, "opd/empty": s.get("empty", 0.0), "opd/no_trace": s.get("no_trace", 0.0)}
+        return {**result, "opd/empty": s.get("empty", 0.0), "opd/unclosed": s.get("unclosed", 0.0)}
 
 
 class OnPolicyKLTrainer(AxolotlTrainer):
@@ -97,7 +97,7 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         student = self.accelerator.unwrap_model(self.model)
         head_weight(student)  # refuses what it cannot score, before the first rollout
         self.ends = end_tokens(student, tokenizer)
-        self.tally = Tally()
+        self.metrics = IntervalMetrics()
         self._shown = 0  # the last step whose rollouts were shown
 
     def get_batch_samples(
@@ -108,7 +108,7 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         begun = time.monotonic()
         pairs = self.roll_out({key: [row for batch in prompts for row in batch[key]] for key in COLUMNS})
         batches = self.split(pairs, len(prompts), prompts[0]["input_ids"][0]) if prompts else []
-        self.tally.add(rollout_s=time.monotonic() - begun, steps=1)
+        self.metrics.add(rollout_s=time.monotonic() - begun, steps=1)
         local = torch.tensor(sum(int(batch["answers"].sum()) for batch in batches), device=device)
         return batches, self.accelerator.gather(local).sum()
 
@@ -140,12 +140,12 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         theirs = [context for _, context in asked for _ in range(self.opd.rollouts_per_prompt)]
         pairs = zip(rollouts, theirs, strict=True)
         kept = [(roll, context) for roll, context in pairs if set(roll.answer) - set(self.ends)]
-        self.tally.add(
+        self.metrics.add(
             rollouts=len(rollouts),
             truncated=sum(roll.truncated for roll in rollouts),
             length=sum(len(roll.answer) for roll in rollouts),
             empty=len(rollouts) - len(kept),
-            no_trace=sum(context is None for context in contexts),
+            unclosed=sum(context is None for context in contexts),
         )
         return kept
 
@@ -224,14 +224,14 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As the trainer's, timed: what is not the teacher's is the update."""
-        begun, teacher = time.monotonic(), self.tally.sums.get("teacher_s", 0.0)
+        begun, teacher = time.monotonic(), self.metrics.sums.get("teacher_s", 0.0)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.tally.add(update_s=time.monotonic() - begun - (self.tally.sums["teacher_s"] - teacher))
+        self.metrics.add(update_s=time.monotonic() - begun - (self.metrics.sums["teacher_s"] - teacher))
         return loss
 
     def note(self, batch: Sequences, loss: TokenLoss, teacher_s: float) -> None:
         """Keep what is logged, and show a few rollouts when it is time."""
-        self.tally.add(
+        self.metrics.add(
             tokens=loss.reverse_kl.numel(),
             kl=float(loss.reverse_kl.sum()),
             loss=float(loss.divergence.sum()),
@@ -247,7 +247,7 @@ class OnPolicyKLTrainer(AxolotlTrainer):
             and self.is_world_process_zero()
         ):
             self._shown = step
-            show(self.tokenizer, batch, loss.reverse_kl, step, Path(self.args.output_dir), SHOWN)
+            show(self.tokenizer, batch, loss.reverse_kl, step, Path(self.args.output_dir), SHOWN_ROLLOUTS)
 
     def fail(self, what: str, batch: dict[str, Tensor]) -> NoReturn:
         """Save a batch beside the checkpoints, and stop the run."""
@@ -260,6 +260,6 @@ class OnPolicyKLTrainer(AxolotlTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the interval's means to what is logged."""
         if "loss" in logs:
-            logs.update({key: round(value, 5) for key, value in self.tally.means().items()})
-            self.tally = Tally()
+            logs.update({key: round(value, 5) for key, value in self.metrics.means().items()})
+            self.metrics = IntervalMetrics()
         super().log(logs, start_time)

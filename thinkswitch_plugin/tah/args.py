@@ -18,63 +18,49 @@ ADAPTER = "tah"
 LOADER = "tah_auto.py"  # of a checkpoint: the one file of code there
 
 
-def _said(text: str) -> dict[str, Any]:
-    return {"description": text}
-
-
 class TaHBlock(BaseModel):
     """The `tah:` block of a recipe; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
     stage: Literal["backbone", "decider"] = Field(
-        json_schema_extra=_said("What is trained: the backbone with its adapter, or the decider of such a checkpoint.")
+        description="What is trained: the backbone with its adapter, or the decider of such a checkpoint."
     )
     reference: str | None = Field(
         default=None,
-        json_schema_extra=_said(
-            "The frozen checkpoint that says which tokens are hard: those it predicts wrong. Needed at stage backbone; "
-            "stage decider reads it from the checkpoint that stage left."
-        ),
+        description="The frozen checkpoint that says which tokens are hard: those it predicts wrong. Needed at stage "
+        "backbone; stage decider reads it from the checkpoint that stage left.",
     )
     unsure_below: float | None = Field(
         default=None,
         gt=0.0,
         le=1.0,
-        json_schema_extra=_said(
-            "A token is hard if the reference's first choice has less than this probability, right or wrong, instead "
-            "of if it is wrong. Stage decider keeps what stage backbone had."
-        ),
+        description="A token is hard if the reference's first choice has less than this probability, right or wrong, "
+        "instead of if it is wrong. Stage decider keeps what stage backbone had.",
     )
-    max_depth: int = Field(default=2, ge=1, json_schema_extra=_said("Passes of a hard token."))
+    max_depth: int = Field(default=2, ge=1, description="Passes of a hard token.")
     mix_top_k: int = Field(
         default=100,
         ge=1,
-        json_schema_extra=_said("Predictions mixed into the next pass's input, and read by the decider."),
+        description="Predictions mixed into the next pass's input, and read by the decider.",
     )
-    lora_r: int = Field(default=32, ge=1, json_schema_extra=_said("Rank of the adapter that is on from depth 2."))
-    lora_alpha: float = Field(default=64.0, gt=0.0, json_schema_extra=_said("Its scale is lora_alpha / lora_r."))
-    lora_dropout: float = Field(default=0.1, ge=0.0, lt=1.0, json_schema_extra=_said("Dropout before the adapter."))
+    lora_r: int = Field(default=32, ge=1, description="Rank of the adapter that is on from depth 2.")
+    lora_alpha: float = Field(default=64.0, gt=0.0, description="Its scale is lora_alpha / lora_r.")
+    lora_dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout before the adapter.")
     policy: Literal["oracle", "always"] = Field(
         default="oracle",
-        json_schema_extra=_said("Which tokens continue at stage backbone: the hard ones, or all (a baseline)."),
+        description="Which tokens continue at stage backbone: the hard ones, or all (a baseline).",
     )
     decider_layers: list[int] = Field(
         default_factory=list,
-        json_schema_extra=_said("Hidden states the decider reads: 0 is the embedding, i what layer i leaves."),
+        description="Hidden states the decider reads: 0 is the embedding, i what layer i leaves.",
     )
-    decider_hidden: list[int] = Field(default_factory=list, json_schema_extra=_said("Widths of the decider's blocks."))
-    decider_expansion: int = Field(default=4, ge=1, json_schema_extra=_said("Inner width of a block over its width."))
-    decider_dropout: float = Field(default=0.1, ge=0.0, lt=1.0, json_schema_extra=_said("Dropout in its blocks."))
-    threshold: float = Field(
-        default=0.9, ge=0.0, le=1.0, json_schema_extra=_said("Probability above which a token continues.")
-    )
-    pos_weight: float = Field(
-        default=5.4, gt=0.0, json_schema_extra=_said("Weight of hard tokens in the decider's loss.")
-    )
-    label_tokens: int = Field(
-        default=16384, ge=1, json_schema_extra=_said("Tokens the reference reads at once, padding included.")
-    )
+    decider_hidden: list[int] = Field(default_factory=list, description="Widths of the decider's blocks.")
+    decider_expansion: int = Field(default=4, ge=1, description="Inner width of a block over its width.")
+    decider_dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout in its blocks.")
+    threshold: float = Field(default=0.9, ge=0.0, le=1.0, description="Probability above which a token continues.")
+    pos_weight: float = Field(default=5.4, gt=0.0, description="Weight of hard tokens in the decider's loss.")
+    label_tokens: int = Field(default=16384, ge=1, description="Tokens the reference reads at once, padding included.")
 
     @model_validator(mode="after")
     def _fits_its_stage(self) -> TaHBlock:
@@ -102,15 +88,15 @@ class TaHBlock(BaseModel):
         backbone = ("max_depth", "mix_top_k", "lora_r", "lora_alpha", "lora_dropout", "reference", "unsure_below")
         decider = ("decider_layers", "decider_hidden", "decider_expansion", "decider_dropout")
         keys = backbone if self.stage == "backbone" else decider
-        said = {key: getattr(self, key) for key in (*keys, "threshold")}
-        return {**said, "decider": self.policy if self.stage == "backbone" else "learned"}
+        settings = {key: getattr(self, key) for key in (*keys, "threshold")}
+        return {**settings, "decider": self.policy if self.stage == "backbone" else "learned"}
 
 
 class TaHArgs(BaseModel):
     """What the plugin adds to Axolotl's own config model."""
 
     tah: TaHBlock | None = Field(
-        default=None, json_schema_extra=_said("Think-at-Hard: a second latent pass for the tokens that need it.")
+        default=None, description="Think-at-Hard: a second latent pass for the tokens that need it."
     )
 
 

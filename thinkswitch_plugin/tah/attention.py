@@ -25,8 +25,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "tah_sdpa"
-FAR = 2**62  # the column of an empty slot: later than any query, and a number that padding with floats keeps
-SLACK = 16  # slots a buffer grows by at least; otherwise it doubles
+EMPTY = 2**62  # column and depth of an empty slot: beyond any query's, and a number that padding with floats keeps
+SPARE_SLOTS = 16  # keys that a buffer grows by at least; otherwise it doubles
 
 Layers = dict[int, tuple[Tensor, Tensor]]
 
@@ -36,13 +36,14 @@ class TaHCache:
 
     Attributes:
         fresh: keys and values of the first call, [B, heads, tokens, head_dim], by depth and layer; empty afterwards.
-        fresh_columns: int64 [B, A] by depth: the column of each token of those, FAR beyond a row's last.
+        fresh_columns: int64 [B, A] by depth: the column of each token of those, EMPTY beyond a row's last.
         buffers: keys and values by layer, as the module describes.
         length: tokens at depth 1, padding included.
-        room: D, the slots that deeper keys may take.
+        capacity: D, the slots that deeper keys may take.
         filled: how many of them each row has taken.
-        columns: int64 [B, room], FAR where a slot is empty; `tags` likewise holds the depth.
-        deepest: of all keys held.
+        columns: int64 [B, capacity], the column of each deeper key, EMPTY where a slot is empty.
+        depths: int64 [B, capacity], its depth, EMPTY likewise.
+        deepest: the depth of the deepest key held.
         valid: bool [B, length], False at padding; None while there is none.
     """
 
@@ -52,9 +53,9 @@ class TaHCache:
         self.fresh: list[Layers] = []
         self.fresh_columns: list[Tensor] = []
         self.buffers: Layers = {}
-        self.length = self.room = 0
+        self.length = self.capacity = 0
         self.filled: list[int] = []
-        self.columns = self.tags = torch.empty(0)
+        self.columns = self.depths = torch.empty(0)
         self.deepest = 1
         self.valid: Tensor | None = None
 
@@ -66,7 +67,7 @@ class TaHCache:
         """Take rows in another order, as beam search asks; beam_idx: int64 [B]."""
         self._hold()
         self.buffers = {layer: (k[beam_idx], v[beam_idx]) for layer, (k, v) in self.buffers.items()}
-        self.columns, self.tags = self.columns[beam_idx], self.tags[beam_idx]
+        self.columns, self.depths = self.columns[beam_idx], self.depths[beam_idx]
         self.filled = [self.filled[row] for row in beam_idx.tolist()]
         self.valid = None if self.valid is None else self.valid[beam_idx]
 
@@ -90,7 +91,7 @@ class TaHCache:
             mask = (mask if self.valid is None else mask & self.valid[:, None, :])[:, None]
         if not start:
             self.fresh = [{}]
-        return Pass(self, 1, mask, view=(None, self.room, self.room + end))
+        return Pass(self, 1, mask, view=(None, self.capacity, self.capacity + end))
 
     def deeper(self, depth: int, row: Tensor, slot: Tensor, columns: Tensor, counts: list[int]) -> Pass:
         """A pass at depth 2 or more over the tokens that continue, of all rows.
@@ -99,7 +100,7 @@ class TaHCache:
             depth: of the pass.
             row: int64 [N], the row of each token, and `slot` its place in that row's tokens, in order.
             slot: int64 [N].
-            columns: int64 [B, A], the columns of each row's tokens, left-aligned; FAR beyond its last.
+            columns: int64 [B, A], the columns of each row's tokens, left-aligned; EMPTY beyond its last.
             counts: how many each row has.
         """
         self.deepest = max(self.deepest, depth)
@@ -117,12 +118,12 @@ class TaHCache:
         self.filled = [held + count for held, count in zip(self.filled, counts, strict=True)]
         most = max(self.filled)
         self._grow(most, self.length)
-        at = self.room - 1 - before[row] - slot
-        self.columns[row, at], self.tags[row, at] = columns[row, slot], depth
-        low = self.room - most
-        deep = (self.columns[:, None, low:] <= query) & (self.tags[:, None, low:] <= depth)
+        at = self.capacity - 1 - before[row] - slot
+        self.columns[row, at], self.depths[row, at] = columns[row, slot], depth
+        low, end = self.capacity - most, self.capacity + self.length
+        deep = (self.columns[:, None, low:] <= query) & (self.depths[:, None, low:] <= depth)
         mask = torch.cat([deep, shallow], dim=2)[:, None]
-        return Pass(self, depth, mask, put=_Put(row, slot, row, at), view=(None, low, self.room + self.length))
+        return Pass(self, depth, mask, scatter=_Scatter(row, slot, row, at), view=(None, low, end))
 
     def deeper_rows(self, depth: int, rows: list[int], device: torch.device) -> Pass:
         """A pass at depth 2 or more over the newest token of some rows of a cache that decodes.
@@ -137,86 +138,89 @@ class TaHCache:
             self.filled[row] += 1
         self._grow(max(self.filled), self.length)
         taken = [self.filled[row] for row in rows]
-        most, end = max(taken), self.room + self.length
-        low = self.room - most
+        most, end = max(taken), self.capacity + self.length
+        low = self.capacity - most
         if len(rows) == 1:
             into: Any = rows[0]
             at: Any = low
             pick: Any = slice(rows[0], rows[0] + 1)
         else:
             into = torch.tensor(rows, device=device)
-            at = torch.tensor([self.room - count for count in taken], device=device)
+            at = torch.tensor([self.capacity - count for count in taken], device=device)
             pick = None if len(rows) == len(self.filled) else into
-        self.columns[into, at], self.tags[into, at] = self.length - 1, depth
+        self.columns[into, at], self.depths[into, at] = self.length - 1, depth
         mask = None
         if self.valid is not None or min(taken) < most or self.deepest > depth:
             index = pick if pick is not None else slice(None)
-            # What is empty has the highest tag of all.
-            deep = self.tags[index, low:] <= depth
+            # An empty slot is deeper than any query.
+            deep = self.depths[index, low:] <= depth
             shallow = self.valid[index] if self.valid is not None else deep.new_ones(len(rows), self.length)
             mask = torch.cat([deep, shallow], dim=1)[:, None, None]
-        return Pass(self, depth, mask, put=_Put(slice(None), 0, into, at), view=(pick, low, end))
+        return Pass(self, depth, mask, scatter=_Scatter(slice(None), 0, into, at), view=(pick, low, end))
 
     # --- buffers ---
 
     def _hold(self) -> None:
-        """Put what the first call left into buffers."""
+        """Move what the first call left into buffers, as later calls read them.
+
+        From `fresh`, keys and values [B, heads, T, head_dim] at depth 1 and [B, heads, A, head_dim] deeper, to
+        `buffers`, [B, heads, capacity + T + spare, head_dim] of the same dtype, zero where nothing is, with `columns`
+        and `depths` of the deeper slots, int64 [B, capacity]. Nothing where there is nothing fresh.
+        """
         if not self.fresh:
             return
-        deep = self.fresh_columns
-        size = next(iter(self.fresh[0].values()))[0].shape[0]
-        device = deep[0].device if deep else None
-        counts = [(held < FAR).sum(1) for held in deep]
-        filled = sum(counts) if counts else torch.zeros(size, dtype=torch.int64)
-        assert isinstance(filled, Tensor)
-        self.filled = filled.tolist()
-        self.room = max(self.filled) + SLACK
-        self.buffers = {}
-        first = next(iter(self.fresh[0].values()))[0]
-        self.columns = torch.full((size, self.room), FAR, device=first.device)
-        self.tags = torch.full_like(self.columns, FAR)
+        like = next(iter(self.fresh[0].values()))[0]
+        counts = [(columns < EMPTY).sum(1) for columns in self.fresh_columns]
+        before = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+        self.filled = sum(counts, before).tolist()
+        self.capacity = max(self.filled) + SPARE_SLOTS
+        self.columns = torch.full((len(like), self.capacity), EMPTY, device=like.device)
+        self.depths = torch.full_like(self.columns, EMPTY)
         places = []
-        before = torch.zeros(size, dtype=torch.int64, device=device)
-        for d, held in enumerate(deep, start=2):
-            row, slot = (held < FAR).nonzero(as_tuple=True)
-            at = self.room - 1 - before[row] - slot
-            self.columns[row, at], self.tags[row, at] = held[row, slot], d
+        for depth, (columns, count) in enumerate(zip(self.fresh_columns, counts, strict=True), start=2):
+            row, slot = (columns < EMPTY).nonzero(as_tuple=True)
+            at = self.capacity - 1 - before[row] - slot
+            self.columns[row, at], self.depths[row, at] = columns[row, slot], depth
             places.append((row, slot, at))
-            before = before + counts[d - 2]
+            before = before + count
+        end = self.capacity + self.length
         for layer, pair in self.fresh[0].items():
             joined = []
             for which, shallow in enumerate(pair):
-                buffer = shallow.new_zeros(size, shallow.shape[1], self.room + self.length + SLACK, shallow.shape[3])
-                buffer[:, :, self.room : self.room + self.length] = shallow
-                for (row, slot, at), held_layers in zip(places, self.fresh[1:], strict=True):
-                    buffer[row, :, at] = held_layers[layer][which][row, :, slot]
+                buffer = shallow.new_zeros(*shallow.shape[:2], end + SPARE_SLOTS, shallow.shape[3])
+                buffer[:, :, self.capacity : end] = shallow
+                for (row, slot, at), deeper in zip(places, self.fresh[1:], strict=True):
+                    buffer[row, :, at] = deeper[layer][which][row, :, slot]
                 joined.append(buffer)
             self.buffers[layer] = (joined[0], joined[1])
         self.fresh, self.fresh_columns = [], []
 
     def _grow(self, deep: int, shallow: int) -> None:
-        """Make room for so many keys on either side of D."""
+        """Let every buffer hold `deep` deeper keys left of D and `shallow` keys of depth 1 right of it."""
         some = next(iter(self.buffers.values()))[0]
-        more_deep = max(self.room, deep + SLACK) if deep > self.room else 0
-        right = some.shape[2] - self.room
-        more_shallow = max(right, shallow + SLACK) if shallow > right else 0
+        more_deep = max(self.capacity, deep + SPARE_SLOTS) if deep > self.capacity else 0
+        right = some.shape[2] - self.capacity
+        more_shallow = max(right, shallow + SPARE_SLOTS) if shallow > right else 0
         if not more_deep and not more_shallow:
             return
         sides = (0, 0, more_deep, more_shallow)
         pad = torch.nn.functional.pad
         self.buffers = {layer: (pad(k, sides), pad(v, sides)) for layer, (k, v) in self.buffers.items()}
-        self.columns = pad(self.columns, (more_deep, 0), value=FAR)
-        self.tags = pad(self.tags, (more_deep, 0), value=FAR)
-        self.room += more_deep
+        self.columns = pad(self.columns, (more_deep, 0), value=EMPTY)
+        self.depths = pad(self.depths, (more_deep, 0), value=EMPTY)
+        self.capacity += more_deep
 
 
-class _Put(NamedTuple):
-    """Which of a pass's keys go where: key[row, :, slot] to buffer[into, :, at]."""
+class _Scatter(NamedTuple):
+    """Where a pass's keys [R, heads, A, head_dim] go: key[row, :, slot] to buffer[buffer_row, :, buffer_slot].
+
+    Each is an index of a tensor: an int, a slice, or int64 [N].
+    """
 
     row: Any
     slot: Any
-    into: Any
-    at: Any
+    buffer_row: Any
+    buffer_slot: Any
 
 
 class Pass:
@@ -227,11 +231,11 @@ class Pass:
         cache: TaHCache,
         depth: int,
         mask: Tensor | None,
-        put: _Put | None = None,
+        scatter: _Scatter | None = None,
         view: tuple[Any, int, int] | None = None,
     ):
         """`view` is the rows (None: all), the first slot and the one beyond the last; `depth` counts from 1."""
-        self.cache, self.depth, self.mask, self.put, self.view = cache, depth, mask, put, view
+        self.cache, self.depth, self.mask, self.scatter, self.view = cache, depth, mask, scatter, view
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add this pass's keys and values, [R, heads, A, head_dim], and return all that it sees."""
@@ -246,11 +250,11 @@ class Pass:
         keys, values = cache.buffers[layer]
         assert self.view is not None
         rows, low, end = self.view
-        if self.put is None:
+        if self.scatter is None:
             new = slice(end - key.shape[2], end)
             keys[:, :, new], values[:, :, new] = key, value
         else:
-            row, slot, into, at = self.put
+            row, slot, into, at = self.scatter
             keys[into, :, at], values[into, :, at] = key[row, :, slot], value[row, :, slot]
         seen = slice(low, end)
         if rows is None:

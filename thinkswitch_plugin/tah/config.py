@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from thinkswitch_plugin.scaling import OF_EMBEDDINGS, OF_LOGITS, scaled
+
 Policy = Literal["learned", "oracle", "always", "never"]
-# What some families do to embeddings or logits outside their layers (Granite, Cohere, Gemma).
-SCALED = ("embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 class TaHConfig(PreTrainedConfig):
@@ -78,7 +78,7 @@ class TaHConfig(PreTrainedConfig):
             raise ValueError(f"tah: max_depth is {self.max_depth!r}; it counts passes, so 1 or more")
         if not 1 <= self.mix_top_k <= text.vocab_size:
             raise ValueError(
-                f"tah: mix_top_k is {self.mix_top_k}; the backbone's vocabulary has {text.vocab_size} words"
+                f"tah: mix_top_k is {self.mix_top_k}; the backbone's vocabulary has {text.vocab_size} tokens"
             )
         if self.lora_r < 1:
             raise ValueError(f"tah: lora_r is {self.lora_r}; an adapter has a rank of 1 or more")
@@ -94,9 +94,8 @@ class TaHConfig(PreTrainedConfig):
             )
         if any(width < 1 for width in self.decider_hidden):
             raise ValueError(f"tah: decider_hidden is {self.decider_hidden}; widths are 1 or more")
-        for key in SCALED:
-            if getattr(text, key, None) not in (None, 0, 1):
-                raise ValueError(f"tah: the backbone's config sets {key}, which passes of several depths do not know")
+        if scaling := scaled(text, (*OF_EMBEDDINGS, *OF_LOGITS)):
+            raise ValueError(f"tah: the backbone's config sets {scaling[0]}, which deeper passes do not know")
         if getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None):
             raise ValueError("tah: the backbone has sliding_window set; duo-causal attention is full")
         sliding = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}

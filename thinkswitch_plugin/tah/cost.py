@@ -37,9 +37,9 @@ class Passes(NamedTuple):
 def flops_per_token(config: TaHConfig, context: float, mean_depth: float, policy: Policy | None = None) -> float:
     """Operations of one decoding step, a multiplication and an addition counted as two.
 
-    With L layers of h heads, w wide each, H the hidden width, V words, W the weights of the backbone's linear layers,
-    A = Σ r·(in + out) those of the adapter, Q those of the decider's linear layers, k = mix_top_k, c the context and
-    D = max_depth; s = (mean_depth − 1) / (D − 1) is the share of tokens that go deeper:
+    With L layers of h heads, w wide each, H the hidden width, V the vocabulary's size, W the weights of the backbone's
+    linear layers, A = Σ r·(in + out) those of the adapter, Q those of the decider's linear layers, k = mix_top_k, c the
+    context and D = max_depth; s = (mean_depth − 1) / (D − 1) is the share of tokens that go deeper:
 
         depth 1             2·W + 4·c·h·w·L + 2·H·V
         depth d, 2 to D     s · [2·(W + A) + 4·c·(1 + (d − 1)·s)·h·w·L + 2·H·V + 2·k·H]
@@ -66,7 +66,7 @@ def flops_per_token(config: TaHConfig, context: float, mean_depth: float, policy
         model = TaHForCausalLM(copy.deepcopy(config))
     linears = [module for module in model.modules() if isinstance(module, DepthLinear)]
     weights = sum(linear.weight.numel() for linear in linears)
-    adapter = sum(linear.A.numel() + linear.B.numel() for linear in linears)
+    adapter = sum(linear.lora_A.numel() + linear.lora_B.numel() for linear in linears)
     decider = sum(m.weight.numel() for m in (model.decider or nn.Module()).modules() if isinstance(m, nn.Linear))
     text = config.text_config
     heads = text.num_attention_heads
@@ -108,7 +108,7 @@ def count(
 ) -> Passes | None:
     """How many passes the tokens of answers took, from one forward over each prompt and its answer.
 
-    The word that ended an answer is not part of its text and is not counted; nor are the prompt's tokens.
+    The token that ended an answer is not part of its text and is not counted; nor are the prompt's tokens.
 
     Args:
         model: in evaluation mode, whose decider needs no labels.
@@ -131,14 +131,14 @@ def count(
         if at + 1 < len(rows) and (len(batch) + 1) * len(rows[at + 1][0]) <= tokens_at_once:
             continue
         width = len(row[0])
-        ids = torch.tensor([words + [0] * (width - len(words)) for words, _ in batch], device=model.device)
-        lengths = torch.tensor([len(words) for words, _ in batch], device=model.device)
+        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch], device=model.device)
+        lengths = torch.tensor([len(tokens) for tokens, _ in batch], device=model.device)
         mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
         took = model(ids, attention_mask=mask, logits_to_keep=1).depth.tolist()
-        for (words, start), row_took in zip(batch, took, strict=True):
+        for (tokens, start), row_took in zip(batch, took, strict=True):
             # A position's depth is that of the prediction it makes, of the token after it.
-            depths += row_took[start - 1 : len(words) - 1]
-            contexts += range(start, len(words))
+            depths += row_took[start - 1 : len(tokens) - 1]
+            contexts += range(start, len(tokens))
         batch = []
     if not depths:
         return None

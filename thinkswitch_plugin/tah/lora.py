@@ -22,21 +22,21 @@ class Depth:
 
 
 class DepthLinear(nn.Linear):
-    """`W x + b + (alpha / r) · B A dropout(x)` from depth 2, and `W x + b` alone, bit for bit, at depth 1."""
+    """`W x + b + (alpha / r) · lora_B lora_A dropout(x)` from depth 2, and `W x + b` alone, bit for bit, at depth 1."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, depth: Depth):
-        """Take the place of `base`, with its parameters: A is [r, in], B is [out, r] and starts at zero."""
+        """Take the place of `base`, with its parameters, in their dtype: lora_A is [r, in], lora_B [out, r], zero."""
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.A = nn.Parameter(base.weight.new_empty(r, base.in_features))
-        self.B = nn.Parameter(base.weight.new_empty(base.out_features, r))
+        self.lora_A = nn.Parameter(base.weight.new_empty(r, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_empty(base.out_features, r))
         self.scale, self.dropout, self.depth = alpha / r, dropout, depth
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """Draw A as a linear layer draws its weights; B is zero, so an untrained adapter changes nothing."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        nn.init.zeros_(self.B)
+        """Draw lora_A as a linear layer its weights; lora_B is zero, so an untrained adapter changes nothing."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] to [..., out]."""
@@ -46,8 +46,8 @@ class DepthLinear(nn.Linear):
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         # One call for the second product, its scale and the sum.
-        low = F.linear(x, self.A).flatten(0, -2)
-        return torch.addmm(out.flatten(0, -2), low, self.B.t(), alpha=self.scale).view_as(out)
+        low = F.linear(x, self.lora_A).flatten(0, -2)
+        return torch.addmm(out.flatten(0, -2), low, self.lora_B.t(), alpha=self.scale).view_as(out)
 
 
 def add_adapters(layers: nn.Module, r: int, alpha: float, dropout: float) -> Depth:

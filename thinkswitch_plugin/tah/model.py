@@ -29,13 +29,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.utils import ModelOutput
 
 from thinkswitch_plugin.tah.args import LOADER
-from thinkswitch_plugin.tah.attention import FAR, NAME, Pass, TaHCache
+from thinkswitch_plugin.tah.attention import EMPTY, NAME, Pass, TaHCache
 from thinkswitch_plugin.tah.config import TaHConfig
 from thinkswitch_plugin.tah.decider import Decider
 from thinkswitch_plugin.tah.lora import DepthLinear, add_adapters
 
-LOGITS = 40_000_000  # floats of logits at once where many tokens are looked at: 160 MB
-PICKED = 8  # words of the vocabulary to one that is mixed, from which on picking rows pays
+LOGITS_AT_ONCE = 40_000_000  # numbers, where many tokens are looked at: 160 MB in float32
+GATHER_RATIO = 8  # vocabulary over mix_top_k, from which on gathering rows of the embedding pays
 LOADER_TEXT = '''"""Lets stock loaders find the classes of this checkpoint; needs the package `thinkswitch`."""
 
 from thinkswitch_plugin.tah.config import TaHConfig
@@ -70,19 +70,19 @@ class TaHOutput(ModelOutput):
 
 
 class _Top(NamedTuple):
-    """The largest logits of N tokens: values [N, k], largest first, and int64 word ids [N, k]."""
+    """The largest logits of N positions: values [N, k], largest first, and the ids of their tokens, int64 [N, k]."""
 
     values: Tensor
-    words: Tensor
+    tokens: Tensor
 
 
 def _picked(values: Tensor, index: Tensor | None) -> Tensor:
     return values if index is None else values[index]
 
 
-def tokens_at_a_head(words: int) -> int:
-    """How many tokens are taken to logits over so many words at once."""
-    return max(1, LOGITS // words)
+def tokens_at_a_head(vocabulary: int) -> int:
+    """How many positions are taken to logits over a vocabulary of so many tokens at once."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -339,6 +339,12 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int,
         num_items_in_batch: Tensor | int | None,
     ) -> TaHOutput:
+        """Every pass over some tokens, then logits or a loss; the arguments are `forward`'s.
+
+        Between passes all B·T positions are one axis: `total` [B·T, H] holds h_1 + … + h_d in the model's dtype,
+        `depth` int64 [B·T] the passes so far, `live` int64 [n] those positions that the next decision is about. In
+        decoding, `scores` [B, 1, V] are the logits of `total`.
+        """
         config = self.config
         size, length = input_ids.shape
         max_depth, threshold, policy = config.max_depth, config.threshold, self._policy(target_depth)
@@ -357,32 +363,34 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         live = depth.nonzero().squeeze(1) if padded else None
         states = [_picked(state.view(size * length, -1), live) for state in states]
         scores = self._head(hidden) if length == 1 and labels is None else None
-        odds: Tensor | None = None
+        continue_logits: Tensor | None = None
         targets = None if target_depth is None else target_depth.reshape(-1)
-        losses: list[tuple[Tensor, Tensor]] = []
+        decisions: list[tuple[Tensor, Tensor]] = []
 
         for d in range(1, max_depth if policy != "never" else 1):
             top = None
             if policy == "learned":
                 assert self.decider is not None
                 top = self._top(total, scores, live)
-                said = self.decider(states, top.values)
-                go = torch.sigmoid(said.float()) > threshold
+                log_odds = self.decider(states, top.values)
+                continues = torch.sigmoid(log_odds.float()) > threshold
                 if d == 1:
-                    odds = said.detach()
+                    continue_logits = log_odds.detach()
                     if live is not None:
-                        odds = odds.new_full((size * length,), torch.nan).index_copy(0, live, odds)
+                        nowhere = continue_logits.new_full((size * length,), torch.nan)
+                        continue_logits = nowhere.index_copy(0, live, continue_logits)
                 if supervised and targets is not None:
-                    losses.append((said, _picked(targets, live)))
+                    decisions.append((log_odds, _picked(targets, live)))
                     if d == max_depth - 1:  # the last pass would decide nothing any more
-                        depth = depth.index_add(0, _picked(torch.arange(len(depth)).to(depth), live), go.long())
+                        every = torch.arange(len(depth), device=depth.device)
+                        depth = depth.index_add(0, _picked(every, live), continues.long())
                         break
             elif policy == "oracle":
                 assert targets is not None
-                go = _picked(targets, live) > d
+                continues = _picked(targets, live) > d
             else:
-                go = _picked(depth, live) > 0
-            chosen = go.nonzero().squeeze(1)
+                continues = _picked(depth, live) > 0
+            chosen = continues.nonzero().squeeze(1)
             if len(chosen) == 0:
                 break
             live = _picked(live, chosen) if live is not None else chosen
@@ -397,14 +405,14 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
 
         output = TaHOutput(
             depth=depth.view(size, length),
-            continue_logits=None if odds is None else odds.view(size, length),
+            continue_logits=None if continue_logits is None else continue_logits.view(size, length),
         )
         if scores is not None:
             output["logits"] = scores
         elif not supervised and not (self.training and labels is not None):
             output["logits"] = self._head(total.view(size, length, -1)[:, -logits_to_keep:])
         if supervised:
-            self._decider_loss(output, losses, num_items_in_batch)
+            self._decider_loss(output, decisions, num_items_in_batch)
         elif labels is not None:
             output["loss"] = self._token_loss(total.view(size, length, -1), labels, num_items_in_batch)
             if self.training and max_depth > 1 and cache.deepest == 1:
@@ -413,7 +421,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         return output
 
     def _adapter(self) -> list[nn.Parameter]:
-        return [p for m in self.modules() if isinstance(m, DepthLinear) for p in (m.A, m.B)]
+        return [p for m in self.modules() if isinstance(m, DepthLinear) for p in (m.lora_A, m.lora_B)]
 
     def _policy(self, target_depth: Tensor | None) -> str:
         if self.config.max_depth == 1:
@@ -488,7 +496,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         counts = torch.bincount(row, minlength=size)
         slot = torch.arange(len(live), device=live.device) - (counts.cumsum(0) - counts)[row]
         widest = int(counts.max())
-        columns = torch.full((size, widest), FAR, device=live.device)
+        columns = torch.full((size, widest), EMPTY, device=live.device)
         columns[row, slot] = live % length + start
         places = position_ids.new_zeros(size, widest)
         places[row, slot] = position_ids.reshape(-1)[live]
@@ -508,28 +516,37 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         return _Top(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
 
     def _mix(self, total: Tensor, top: _Top) -> Tensor:
-        """The probability-weighted mean of the embeddings of the likeliest words, [N, H].
+        """The probability-weighted mean of the embeddings of the likeliest tokens, [N, H], of sums `total` [N, H].
 
         With a graph, the top-k logits are made again for it. Of a large vocabulary only their rows are read, the others
         having no part in them; of a small one products with all rows are faster than picking (and, in the backward
         pass, adding up) rows.
         """
-        if torch.is_grad_enabled() and self._embedding.num_embeddings <= PICKED * self.config.mix_top_k:
+        if torch.is_grad_enabled() and self._embedding.num_embeddings <= GATHER_RATIO * self.config.mix_top_k:
             logits = self._head(total).float()
-            kept = torch.full_like(logits, -torch.inf).scatter(1, top.words, logits.gather(1, top.words))
+            kept = torch.full_like(logits, -torch.inf).scatter(1, top.tokens, logits.gather(1, top.tokens))
             return torch.softmax(kept, dim=-1).to(total.dtype) @ self._embedding.weight
-        words = self._embedding.weight[top.words]
+        embedded = self._embedding.weight[top.tokens]
         values = top.values
         if torch.is_grad_enabled():
             head = self._head.weight
-            rows = words if head is self._embedding.weight else head[top.words]
+            rows = embedded if head is self._embedding.weight else head[top.tokens]
             values = (rows @ total[:, :, None])[:, :, 0]
-        return (torch.softmax(values.float(), dim=-1).to(words.dtype)[:, None] @ words)[:, 0]
+        return (torch.softmax(values.float(), dim=-1).to(embedded.dtype)[:, None] @ embedded)[:, 0]
 
     # --- losses ---
 
     def _token_loss(self, total: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Cross-entropy of the summed logits over labelled tokens; the whole [tokens, V] is never held."""
+        """Cross-entropy of the summed logits over labelled tokens; the whole [tokens, V] is never held.
+
+        Args:
+            total: [B, T, H], h_1 + … + h_depth, in the model's dtype.
+            labels: int64 [B, T], -100 where a token carries no loss; shifted here.
+            num_items: what the sum is divided by; None for the number of labelled tokens.
+
+        Returns:
+            A float32 scalar with a gradient, in nats; zero where no token is labelled.
+        """
         wanted = labels[:, 1:].reshape(-1)
         kept = (wanted != -100).nonzero().squeeze(1)
         hidden = total[:, :-1].reshape(len(wanted), -1)[kept]
@@ -543,23 +560,30 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         return loss.float().sum() / (len(kept) if num_items is None else num_items)
 
     def _decider_loss(
-        self, output: TaHOutput, losses: list[tuple[Tensor, Tensor]], num_items: Tensor | int | None
+        self, output: TaHOutput, decisions: list[tuple[Tensor, Tensor]], num_items: Tensor | int | None
     ) -> None:
-        """Binary cross-entropy of every supervised decision, positives weighted by `pos_weight`.
+        """Binary cross-entropy of every supervised decision, positives weighted by `pos_weight`, into `output`.
 
-        `num_items` is the step's count of answer tokens, so the sum over accumulated batches is what one batch gives;
-        prompts are decided about too, so it is not a mean.
+        Args:
+            output: gets `loss`, a float32 scalar in nats, and `decided` and `right`, int64 scalars.
+            decisions: after each depth d, from 1 on, the decider's log-odds [n] in its own dtype and the tokens'
+                target depths, int64 [n], -100 where a decision is not supervised.
+            num_items: what the sum is divided by, the step's count of answer tokens, so that accumulated batches add
+                up to what one batch gives; prompts are decided about too, so it is no mean. None for the mean over
+                decisions.
         """
         device = self.device
         total = torch.zeros((), device=device)
         decided = right = torch.zeros((), dtype=torch.int64, device=device)
-        for d, (said, target) in enumerate(losses, start=1):
+        weight = torch.tensor(self.pos_weight, device=device)
+        for d, (log_odds, target) in enumerate(decisions, start=1):
             kept = target != -100
-            said, wanted = said[kept].float(), target[kept] > d
-            weight = torch.tensor(self.pos_weight, device=device)
-            total = total + F.binary_cross_entropy_with_logits(said, wanted.float(), pos_weight=weight, reduction="sum")
+            log_odds, wanted = log_odds[kept].float(), target[kept] > d
+            total = total + F.binary_cross_entropy_with_logits(
+                log_odds, wanted.float(), pos_weight=weight, reduction="sum"
+            )
             decided = decided + kept.sum()
-            right = right + ((torch.sigmoid(said) > self.config.threshold) == wanted).sum()
+            right = right + ((torch.sigmoid(log_odds) > self.config.threshold) == wanted).sum()
         output["loss"] = total / (decided.clamp(min=1) if num_items is None else num_items)
         output["decided"], output["right"] = decided, right
 

@@ -1,15 +1,15 @@
-"""Which tokens are hard: those whose next word a frozen reference model predicts wrong, or is not sure of.
+"""Which tokens are hard: those whose next token a frozen reference model predicts wrong, or is not sure of.
 
 Knows tokenised rows, a reference checkpoint and the file its verdict is kept in. Leaves to others: where rows come from
 (Axolotl's own datasets) and what becomes of hard tokens (`model`). TaH, arXiv 2511.08577, section 3.4.
 
 A label belongs to the position that predicts, as logits do: position t is hard if the reference, having read the row up
-to t, puts another word first than the one at t + 1. Only words that carry a loss are looked at; everything else, the
+to t, puts another token first than the one at t + 1. Only tokens that carry a loss are looked at; everything else, the
 prompt above all, is easy.
 
-Such a label tells something of the answer: that the reference's first word is not the one. A second pass learns to use
-that, and what the decider sends on in vain is then mostly lost. With `unsure_below` a position is hard if the
-reference's first word has less than that probability, right or wrong, of which nothing can be read about the answer.
+Such a label tells something of the answer: that the reference's first choice is not the one. A second pass learns to
+use that, and what the decider sends on in vain is then mostly lost. With `unsure_below` a position is hard if the
+reference's first choice has less than that probability, right or wrong, of which nothing can be read about the answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from thinkswitch_plugin.recipe import add_file
+from thinkswitch_plugin.recipe import add_files
 from thinkswitch_plugin.tah.model import tokens_at_a_head
 
 IGNORED = -100
@@ -46,7 +46,7 @@ def hard_tokens(
         dataset: with columns `input_ids` and `labels`, equally long in a row; a label is -100 where a token carries
             no loss. Rows are read as they are needed.
         tokens_at_once: how many tokens a batch may have, padding included; one row at least.
-        unsure_below: hard is what has a first word of less than this probability; None for what has a wrong one.
+        unsure_below: hard is where the first choice has less than this probability; None for where it is wrong.
 
     Returns:
         bool [length of the row] each.
@@ -72,7 +72,7 @@ def hard_tokens(
             asked = (wanted != IGNORED).nonzero(as_tuple=True)
             at_a_head = tokens_at_a_head(head.weight.shape[0])
             pieces = zip(hidden[asked].split(at_a_head), wanted[asked].to(device).split(at_a_head), strict=True)
-            verdict = [_is_hard(head(piece), words, unsure_below) for piece, words in pieces]
+            verdict = [_is_hard(head(piece), tokens, unsure_below) for piece, tokens in pieces]
         hard = torch.zeros(len(batch), width, dtype=torch.bool)
         hard[asked] = torch.cat(verdict).cpu()
         for at, index in enumerate(batch):
@@ -80,10 +80,10 @@ def hard_tokens(
     return verdicts
 
 
-def _is_hard(logits: Tensor, words: Tensor, unsure_below: float | None) -> Tensor:
-    """Logits [N, V] and the words [N] that follow to bool [N]."""
+def _is_hard(logits: Tensor, tokens: Tensor, unsure_below: float | None) -> Tensor:
+    """Logits [N, V] and the tokens that follow, int64 [N], to bool [N]."""
     if unsure_below is None:
-        return logits.argmax(-1) != words
+        return logits.argmax(-1) != tokens
     return logits.float().softmax(-1).amax(-1) < unsure_below
 
 
@@ -132,7 +132,7 @@ def label(
     Returns:
         The dataset, and `tokens` that carry a loss, `hard` ones among them, their `share`, and `cached` (0 or 1).
     """
-    digest, tokens = _read(dataset, reference, unsure_below)
+    digest, tokens = _fingerprint(dataset, reference, unsure_below)
     file = folder / f"{digest}.safetensors"
     cached = file.exists()
     if cached:
@@ -156,13 +156,12 @@ def label(
     return labelled, {"tokens": tokens, "hard": hard, "share": share, "cached": int(cached)}
 
 
-def _read(dataset: Dataset, reference: str, unsure_below: float | None) -> tuple[str, int]:
-    """A hash of the rows, the reference and what hard means, and how many tokens carry a loss."""
-    digest = hashlib.sha256(f"3\n{unsure_below}\n".encode())
+def _fingerprint(dataset: Dataset, reference: str, unsure_below: float | None) -> tuple[str, int]:
+    """A SHA-256 of the rows, the reference's weights and what hard means, and how many tokens carry a loss."""
+    digest = hashlib.sha256(f"4\n{unsure_below}\n".encode())
     folder = Path(reference)
     if folder.is_dir():
-        for file in sorted(folder.glob("*.safetensors")):
-            add_file(digest, file)
+        add_files(digest, sorted(folder.glob("*.safetensors")))
     else:
         commit = getattr(AutoConfig.from_pretrained(reference), "_commit_hash", None)
         digest.update(f"{reference}@{commit}".encode())

@@ -16,7 +16,14 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from transformers import AutoConfig
 
-from thinkswitch_plugin.recipe import is_listed, is_there, name_the_cpu, refuse, seed_adapter
+from thinkswitch_plugin.recipe import (
+    is_listed,
+    is_there,
+    leave_lora_kernels_off,
+    name_the_cpu,
+    refuse,
+    seed_adapter,
+)
 from thinkswitch_plugin.tah.args import ADAPTER, PLUGIN, TaHBlock, read_block
 from thinkswitch_plugin.tah.config import TaHConfig
 
@@ -39,6 +46,10 @@ REFUSED = {
     "deepspeed": "its hooks expect one pass; use plain data parallel training",
     "cut_cross_entropy": "the loss is made from several depths; remove it",
     "liger_fused_linear_cross_entropy": "the loss is made from several depths; remove it",
+    **dict.fromkeys(
+        ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"),
+        "layers run one by one, with linear layers of their own; remove it",
+    ),
     **dict.fromkeys(
         ("flash_attention", "flex_attention", "xformers_attention", "sage_attention", "eager_attention"),
         OTHER_ATTENTION,
@@ -67,9 +78,7 @@ class TaHPlugin(BasePlugin):
         if cfg.get("attn_implementation") not in (None, "sdpa"):
             raise ValueError(f"tah: attn_implementation is {cfg['attn_implementation']}: {OTHER_ATTENTION}")
         check_checkpoint(block, str(cfg.get("base_model")))
-        # Layers are run one by one, and their linear layers are wrapped: kernels that replace either would not be used.
-        for kernel in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
-            cfg[kernel] = False
+        leave_lora_kernels_off(cfg)
 
     def get_input_args(self) -> str:
         """The model of the `tah:` block, by its import path."""
@@ -151,8 +160,8 @@ def check_checkpoint(block: TaHBlock, base_model: str) -> None:
         theirs = AutoConfig.from_pretrained(str(block.reference)).get_text_config()
         if theirs.vocab_size != config.get_text_config().vocab_size:
             raise ValueError(
-                f"tah: the reference {block.reference} knows {theirs.vocab_size} words and {base_model} "
-                f"{config.get_text_config().vocab_size}: use one of the same family"
+                f"tah: the reference {block.reference} has a vocabulary of {theirs.vocab_size} tokens and {base_model} "
+                f"of {config.get_text_config().vocab_size}: use one of the same family"
             )
     else:
         if not isinstance(config, TaHConfig):

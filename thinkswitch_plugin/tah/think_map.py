@@ -85,7 +85,7 @@ def answer(model: TaHForCausalLM, tokenizer: Any, prompt: str, max_new_tokens: i
     """What the model answers greedily, in the checkpoint's chat template.
 
     Returns:
-        Token ids of the rendered prompt and of the answer without the word that ended it, int64 [P] and [A].
+        Token ids of the rendered prompt and of the answer without the token that ended it, int64 [P] and [A].
 
     Raises:
         ValueError: the checkpoint has no trained decider, or no chat template.
@@ -134,15 +134,15 @@ def texts(tokenizer: Any, ids: list[int]) -> list[str]:
     def decoded(part: list[int]) -> str:
         return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    said = [""] * len(ids)
+    pieces = [""] * len(ids)
     before = begun = 0
     for end in range(1, len(ids) + 1):
         text = decoded(ids[before:end])
         if text.endswith("\ufffd") and end < len(ids):  # perhaps the first bytes of a character
             continue
-        said[end - 1] = text[len(decoded(ids[before:begun])) :]
+        pieces[end - 1] = text[len(decoded(ids[before:begun])) :]
         before, begun = begun, end
-    return said
+    return pieces
 
 
 class _Piece(NamedTuple):
@@ -188,12 +188,12 @@ def text_of(shown: ThinkMap, styled: bool) -> Text:
     """The answer, then what its looks mean, for a terminal; brackets do what they can where text cannot be `styled`."""
     result = Text()
     for text, depth, probability, _ in _pieces(shown):
-        said = _visible(text, depth)
+        visible = _visible(text, depth)
         if styled:
             line = {1: "", 2: " underline"}.get(depth, " underline2")
-            result.append(said, ON_TERMINAL[_colour(depth, probability)] + line)
+            result.append(visible, ON_TERMINAL[_colour(depth, probability)] + line)
         else:
-            result.append(f"{'‹' * (depth - 1)}{said}{'›' * (depth - 1)}")
+            result.append(f"{'‹' * (depth - 1)}{visible}{'›' * (depth - 1)}")
     result.append("\n\n")
     if not styled:
         return result.append("‹bracketed›: took another pass (‹‹twice››: two)")
@@ -231,8 +231,8 @@ def page(shown: ThinkMap, prompt: str, title: str) -> str:
         hint = f"depth {depth}" + ("" if math.isnan(probability) else f", probability {probability:.3f}")
         hint += "" if tokens == 1 else f", {tokens} tokens"
         tag, more = ("span" if depth == 1 else "b"), (' class="more"' if depth > 2 else "")
-        style, said = ON_PAGE[_colour(depth, probability)], html.escape(_visible(text, depth))
-        body.append(f'<{tag}{more} style="background:{style}" title="{hint}">{said}</{tag}>')
+        style, visible = ON_PAGE[_colour(depth, probability)], html.escape(_visible(text, depth))
+        body.append(f'<{tag}{more} style="background:{style}" title="{hint}">{visible}</{tag}>')
     colours = zip(BANDS, ON_PAGE, strict=False)
     scale = " ".join(f'<span style="background:{colour}">&nbsp;≤ {limit}&nbsp;</span>' for limit, colour in colours)
     legend = "<b>Underlined</b>: the token took another pass (twice: two or more)."

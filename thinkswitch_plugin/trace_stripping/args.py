@@ -34,13 +34,13 @@ class TraceStrippingConfig(BaseModel):
 
     tags: Tags = Field(
         default=list(DEFAULT_TAGS),
-        json_schema_extra={"description": "Pairs of opening and closing tag, as they are written in the answers."},
+        description="Pairs of opening and closing tag, as they are written in the answers.",
     )
     max_dropped_fraction: float = Field(
         default=0.5,
         ge=0,
         le=1,
-        json_schema_extra={"description": "Stop with an error if a larger share of a dataset's rows has no answer."},
+        description="Stop with an error if a larger share of a dataset's rows has no answer.",
     )
 
 
@@ -49,7 +49,7 @@ class TraceStrippingArgs(BaseModel):
 
     trace_stripping: TraceStrippingConfig | None = Field(
         default_factory=TraceStrippingConfig,
-        json_schema_extra={"description": "How reasoning traces are taken out of the training answers."},
+        description="How reasoning traces are taken out of the training answers.",
     )
 
 

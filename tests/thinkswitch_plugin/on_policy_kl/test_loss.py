@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl.experimental.distillation.distillation_trainer import _jsd_divergence
 
-from thinkswitch_plugin.on_policy_kl.loss import BLOCK, Divergence, Samples, TokenLoss, token_loss
+from thinkswitch_plugin.on_policy_kl.loss import BLOCK_ROWS, Divergence, Samples, TokenLoss, token_loss
 
 KINDS: tuple[Divergence, ...] = ("reverse_kl", "forward_kl", "jsd")
 
@@ -26,10 +26,10 @@ def naive(student: Tensor, teacher: Tensor, kind: str, beta: float) -> Tensor:
     return (beta * q * (q.log() - m.log()) + (1 - beta) * p * (p.log() - m.log())).sum(-1)
 
 
-def tensors(tokens: int, words: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def tensors(tokens: int, vocabulary: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Student's states and head, teacher's states and head."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = ((tokens, width), (words, width), (tokens, width + 3), (words, width + 3))
+    sizes = ((tokens, width), (vocabulary, width), (tokens, width + 3), (vocabulary, width + 3))
     return [torch.randn(size, generator=generator, dtype=dtype).requires_grad_(i < 2) for i, size in enumerate(sizes)]
 
 
@@ -40,16 +40,16 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 @settings(deadline=None, max_examples=60)
 @given(
     tokens=st.integers(1, 23),
-    words=st.integers(2, 50) | st.integers(BLOCK - 1, 2 * BLOCK + 1),
+    vocabulary=st.integers(2, 50) | st.integers(BLOCK_ROWS - 1, 2 * BLOCK_ROWS + 1),
     chunk=st.integers(1, 30),
     kind=st.sampled_from(KINDS),
     beta=st.floats(0.05, 0.95),
     seed=st.integers(0, 2**31),
 )
 def test_value_and_gradients_are_those_of_the_naive_form(
-    tokens: int, words: int, chunk: int, kind: Divergence, beta: float, seed: int
+    tokens: int, vocabulary: int, chunk: int, kind: Divergence, beta: float, seed: int
 ) -> None:
-    student, head, teacher, other = tensors(tokens, words, 7, seed)
+    student, head, teacher, other = tensors(tokens, vocabulary, 7, seed)
     expected = naive(student @ head.t(), teacher @ other.t(), kind, beta)
     expected.sum().backward()
     states, weights = (tensor.detach().clone().requires_grad_() for tensor in (student, head))
@@ -143,7 +143,7 @@ def test_no_tokens_at_all_is_a_loss_of_zero_with_a_gradient() -> None:
 
 def test_what_cannot_be_compared_is_refused() -> None:
     student, head, teacher, other = tensors(4, 12, 4, 7)
-    with pytest.raises(ValueError, match="predicts 12 words and the teacher 11"):
+    with pytest.raises(ValueError, match="vocabulary has 12 tokens and the teacher's 11"):
         token_loss(student, head, teacher, other[:11])
     with pytest.raises(ValueError, match="4 tokens of the student against 3"):
         token_loss(student, head, teacher[:3], other)

@@ -114,7 +114,7 @@ def test_a_teacher_that_fits(recipes: Path, other: Path) -> None:
 def test_padded_logits_of_another_width(recipes: Path, other: Path) -> None:
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": 384}))
-    with pytest.raises(ValueError, match=r"predicts 328 words and the teacher .* 384: use a teacher of the same"):
+    with pytest.raises(ValueError, match=r"vocabulary of 328 tokens and the teacher .* of 384: use a teacher of"):
         check_teacher(OnPolicyKLConfig(teacher=str(other)), str(recipes / "mini/instruct"))
 
 

@@ -33,7 +33,7 @@ def build() -> Build:
         model = TaHForCausalLM.from_backbone(backbone(tied, kind), **asked)
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
-            if name.endswith(".B"):
+            if name.endswith(".lora_B"):
                 torch.nn.init.normal_(parameter, std=0.3)
         return model.eval()
 

@@ -68,7 +68,7 @@ def obvious(model: Any, ids: Tensor, wanted: Tensor | None = None) -> tuple[Tens
     def linear(module: Any, x: Tensor, d: int) -> Tensor:
         weight = module.weight
         if d > 1:
-            weight = weight + module.B @ module.A * (config.lora_alpha / config.lora_r)
+            weight = weight + module.lora_B @ module.lora_A * (config.lora_alpha / config.lora_r)
         return weight @ x
 
     def norm(module: Any, x: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def obvious(model: Any, ids: Tensor, wanted: Tensor | None = None) -> tuple[Tens
         return states
 
     all_logits, depths = [], []
-    for p, word in enumerate(ids.tolist()):
-        x, logits, d = embedding[word], torch.zeros(len(head)), 0
+    for p, token in enumerate(ids.tolist()):
+        x, logits, d = embedding[token], torch.zeros(len(head)), 0
         while True:
             d += 1
             states = one_pass(x, p, d)

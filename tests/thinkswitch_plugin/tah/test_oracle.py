@@ -29,7 +29,7 @@ def test_batches_of_any_size_say_what_single_rows_say(
 ) -> None:
     torch.manual_seed(seed)
     rows = [torch.randint(1, 61, (length,)).tolist() for length in lengths]
-    labels = [[-100 if torch.rand(()) < 0.4 else word for word in row] for row in rows]
+    labels = [[-100 if torch.rand(()) < 0.4 else token for token in row] for row in rows]
     dataset = Dataset.from_dict({"input_ids": rows, "labels": labels})
     verdicts = oracle.hard_tokens(REFERENCE, dataset, at_once, unsure_below)
     for row, label, verdict in zip(rows, labels, verdicts, strict=True):
@@ -91,7 +91,7 @@ def test_rows_in_another_order_keep_their_labels(dataset: Dataset, tmp_path: Pat
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_collator_pads_depths_where_it_pads_words(recipes: Path, side: str) -> None:
+def test_the_collator_pads_depths_where_it_pads_tokens(recipes: Path, side: str) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(recipes / "mini/instruct", padding_side=side)

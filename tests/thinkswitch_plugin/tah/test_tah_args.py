@@ -59,6 +59,7 @@ def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any], lin
         ({"sample_packing": True}, "tah: sample_packing is set"),
         ({"load_in_4bit": True}, "tah: load_in_4bit is set"),
         ({"rl": "grpo"}, "tah: rl is set"),
+        ({"lora_mlp_kernel": True}, "tah: lora_mlp_kernel is set: layers run one by one"),
         ({"flash_attention": True}, "tah: flash_attention is set"),
         ({"attn_implementation": "flex_attention"}, "attn_implementation is flex_attention"),
         ({"inference": True}, "use lm_eval, or ts-loop think-map"),
@@ -67,7 +68,7 @@ def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any], lin
         ({"adapter": "lora"}, "write `adapter: tah`"),
         ({"base_model": "nowhere/at/all"}, "base_model nowhere/at/all: no such folder"),
         ({"tah": {**BACKBONE, "reference": "./nowhere"}}, "tah.reference ./nowhere: no such folder"),
-        ({"tah": {**BACKBONE, "mix_top_k": 400}}, "mix_top_k is 400; the backbone's vocabulary has 328 words"),
+        ({"tah": {**BACKBONE, "mix_top_k": 400}}, "mix_top_k is 400; the backbone's vocabulary has 328 tokens"),
         ({"tah": DECIDER}, "is a plain qwen3 checkpoint; stage decider starts from what stage backbone left"),
     ],
 )
@@ -87,7 +88,9 @@ def test_stage_decider_checks_its_checkpoint(recipes: Path, build: Callable[...,
     model = build(decider="oracle", decider_hidden=[], decider_layers=[], reference=str(recipes / "mini/instruct"))
     model.save_pretrained(tmp_path)
     good = recipe(recipes, DECIDER, base_model=str(tmp_path))
-    TaHPlugin().register(dict(good))
+    registered = dict(good)
+    TaHPlugin().register(registered)
+    assert registered["lora_qkv_kernel"] is False  # Axolotl would turn it on by itself
     for block, line in (
         ({**DECIDER, "decider_layers": [9]}, "decider_layers has 9; the backbone has 3 layers"),
         (BACKBONE, "went through stage backbone already"),

@@ -99,7 +99,7 @@ def test_stage_one_trains_the_backbone_and_its_adapter(stage_one: tuple[Said, Pa
     before, after = load_file(recipes / "mini/instruct/model.safetensors"), load_file(left / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(before[name], after[f"backbone.{name}"])
-    assert all(bool(value.abs().sum() > 0) for key, value in after.items() if key.endswith(".B"))
+    assert all(bool(value.abs().sum() > 0) for key, value in after.items() if key.endswith(".lora_B"))
 
 
 def test_stage_two_trains_the_decider_alone_and_lm_eval_scores_it(
