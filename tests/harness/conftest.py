@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from harness.config import LoopConfig, load, recipes_folder
 from harness.store import Store
+
+settings.register_profile("shared machine", deadline=None)  # which may pause for a second in the middle of an example
+settings.load_profile("shared machine")
 
 
 @pytest.fixture

@@ -427,7 +427,7 @@ def graphs(draw: st.DrawFn) -> tuple[dict[str, list[str]], dict[str, dict[str, A
     return {name: needs[name] for name in order}, unlike, free
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(graphs(), st.sets(st.integers(0, 9), max_size=2))
 def test_every_stage_is_done_once_after_its_needs_and_on_slots_of_its_own(
     graph: tuple[dict[str, list[str]], dict[str, dict[str, Any]], list[Slot]], elsewhere: set[int]
