@@ -1,4 +1,4 @@
-"""What the task tests share: the tasks as lm-eval loads them, tiny checkpoints, and where the real questions lie."""
+"""What the task tests share: the tasks as lm-eval loads them, made-up questions, tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import made_hub
 import pytest
 
 if TYPE_CHECKING:
+    from lm_eval.api.task import Task
     from transformers import PreTrainedTokenizerFast
 
 TASKS = Path(__file__).resolve().parents[2] / "tasks"
-HUB = TASKS.parents[1] / "shared" / "data" / "hub"
+REAL_HUB = TASKS.parents[1] / "shared" / "data" / "hub"
+# Third-party questions are no part of the repository: where they lie beside the checkout, more can be checked.
+collect_ignore = [] if REAL_HUB.is_dir() else ["test_real_rows.py"]
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -22,8 +26,6 @@ TEMPLATE = (
 )
 # After Qwen3-4B-Thinking-2507: the prompt itself opens the trace.
 THINKING_TEMPLATE = TEMPLATE.replace("assistant\n", "assistant\n<think>\n")
-
-Grade = Callable[[int | str, str, bool], dict[str, int]]
 
 
 @pytest.fixture(scope="session")
@@ -55,25 +57,44 @@ def dataset(task_module: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def grader(tasks_folder: Path) -> Callable[[str], Grade]:
-    """The grader that a task's YAML names: grader("aime26")(277, text, opened) gives the metrics of one answer."""
-    from lm_eval.utils import load_yaml_config
+def load_task(tasks_folder: Path) -> Callable[..., Task]:
+    """A task as lm-eval loads it for a model: load_task("aime26", pretrained="…"), or whatever else is known of it."""
 
-    def of_task(task: str) -> Grade:
-        (path,) = tasks_folder.glob(f"*/{task}.yaml")
-        process_results = load_yaml_config(str(path), mode="full")["process_results"]
-        return lambda gold, text, opened: process_results({"answer": gold, "trace_opened": opened}, [text])
+    def load(name: str, **metadata: object) -> Task:
+        from lm_eval.tasks import TaskManager
 
-    return of_task
+        manager = TaskManager(
+            include_path=str(tasks_folder), include_defaults=False, metadata={"trace_opened": False, **metadata}
+        )
+        return manager.load_task_or_group(name)[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def made_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_hub.write(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory from which `datasets` finds the real questions offline."""
-    if not HUB.is_dir():
-        pytest.skip("the real questions are third-party data and not beside this checkout")
-    monkeypatch.chdir(HUB)
-    return HUB
+def enter_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Go into a folder in which `datasets` finds its questions in the place of the hub's."""
+    import datasets
+
+    def enter(folder: Path) -> None:
+        monkeypatch.chdir(folder)
+        # A cache of its own: `datasets` takes what it once read by a relative name for what lies there in any folder.
+        cache = tmp_path_factory.getbasetemp() / "datasets" / folder.name
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+
+    return enter
+
+
+@pytest.fixture
+def hub(made_questions: Path, enter_hub: Callable[[Path], None]) -> Path:
+    """The working directory is one with made-up questions."""
+    enter_hub(made_questions)
+    return made_questions
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Grading of `aime26` and `mini_math`: integers as models write them."""
+"""Grading of integers as models write them; which tasks ask for one, `test_task_runs.py` knows."""
 
 from __future__ import annotations
 
@@ -127,16 +127,18 @@ WRONG = [
 ]
 
 
+def grade(answers, gold: int | str, text: str | None, opened: bool) -> dict[str, int]:
+    return answers.grade_integer({"answer": gold, "trace_opened": opened}, [text])
+
+
 @pytest.mark.parametrize("text", RIGHT)
-@pytest.mark.parametrize("task", ["aime26", "mini_math"])
-def test_right_answers_count(grader, task: str, text: str) -> None:
-    assert grader(task)(277, text, False) == {"exact_match": 1, "closed_trace": 0, "truncated": 0}
+def test_right_answers_count(answers, text: str) -> None:
+    assert grade(answers, 277, text, False) == {"exact_match": 1, "closed_trace": 0, "truncated": 0}
 
 
 @pytest.mark.parametrize("text", WRONG)
-@pytest.mark.parametrize("task", ["aime26", "mini_math"])
-def test_wrong_answers_do_not_count(grader, task: str, text: str) -> None:
-    assert grader(task)(277, text, False) == {"exact_match": 0, "closed_trace": 0, "truncated": 0}
+def test_wrong_answers_do_not_count(answers, text: str) -> None:
+    assert grade(answers, 277, text, False) == {"exact_match": 0, "closed_trace": 0, "truncated": 0}
 
 
 @pytest.mark.parametrize(
@@ -161,8 +163,8 @@ def test_wrong_answers_do_not_count(grader, task: str, text: str) -> None:
         ("144", "144"),
     ],
 )
-def test_other_golds(grader, gold: int | str, text: str) -> None:
-    assert grader("mini_math")(gold, text, False)["exact_match"] == 1
+def test_other_golds(answers, gold: int | str, text: str) -> None:
+    assert grade(answers, gold, text, False)["exact_match"] == 1
 
 
 # (text, whether the template opened the trace, exact_match, closed_trace, truncated)
@@ -188,12 +190,11 @@ TRACED = [
 
 
 @pytest.mark.parametrize(("text", "opened", "exact_match", "closed", "truncated"), TRACED)
-@pytest.mark.parametrize("task", ["aime26", "mini_math"])
 def test_only_what_follows_the_trace_counts(
-    grader, task: str, text: str, opened: bool, exact_match: int, closed: int, truncated: int
+    answers, text: str, opened: bool, exact_match: int, closed: int, truncated: int
 ) -> None:
     expected = {"exact_match": exact_match, "closed_trace": closed, "truncated": truncated}
-    assert grader(task)(277, text, opened) == expected
+    assert grade(answers, 277, text, opened) == expected
 
 
 MARKUP = st.one_of(
@@ -219,19 +220,17 @@ def test_the_last_box_wins(answers, before: str, boxed: int, after: str) -> None
     form=st.sampled_from(["{}", "{:03d}", "\\boxed{{{}}}", "The answer is {}.", "**{}**", "${}$"]),
 )
 def test_a_reference_graded_against_itself_is_right(answers, gold: int, form: str) -> None:
-    doc = {"answer": gold, "trace_opened": False}
-    assert answers.grade_integer(doc, [form.format(gold)])["exact_match"] == 1
+    assert grade(answers, gold, form.format(gold), False)["exact_match"] == 1
 
 
 @given(reasoning=PROSE, gold=st.integers(0, 999))
 def test_a_trace_that_never_closes_is_wrong_whatever_it_holds(answers, reasoning: str, gold: int) -> None:
     text = f"{reasoning.replace('>', '')} \\boxed{{{gold}}}"
-    graded = answers.grade_integer({"answer": gold, "trace_opened": True}, [text])
-    assert graded == {"exact_match": 0, "closed_trace": 0, "truncated": 1}
+    assert grade(answers, gold, text, True) == {"exact_match": 0, "closed_trace": 0, "truncated": 1}
 
 
 def test_a_server_that_returned_nothing_is_wrong(answers) -> None:
-    assert answers.grade_integer({"answer": 0, "trace_opened": False}, [None])["exact_match"] == 0
+    assert grade(answers, 0, None, False) == {"exact_match": 0, "closed_trace": 0, "truncated": 0}
 
 
 REPEATED = ["\\boxed{", "\\boxed{}", "\\text{", "answer is ", "answer\n", "= ", ",111", "1", "(", " ", "mod ", "not 1 "]
@@ -239,6 +238,6 @@ REPEATED = ["\\boxed{", "\\boxed{}", "\\text{", "answer is ", "answer\n", "= ", 
 
 @pytest.mark.parametrize("piece", REPEATED)
 def test_a_model_that_repeats_itself_is_read_in_linear_time(answers, piece: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     answers.read_integer("answer:" + piece * (200_000 // len(piece)))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

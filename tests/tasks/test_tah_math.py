@@ -1,14 +1,13 @@
-"""Grading of the group `tah_math`: answers as models box them, real reference answers, and the tasks inside lm-eval."""
+"""Grading of the group `tah_math`: answers as models box them, and the five benchmarks inside lm-eval."""
 
 from __future__ import annotations
 
-import json
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -152,8 +151,17 @@ def same(task_module) -> Callable[..., bool]:
 
 
 @pytest.fixture(scope="module")
-def grade(grader) -> Callable[[str, str, bool], dict[str, int]]:
-    return grader("tah_math500")
+def grading(task_module) -> ModuleType:
+    return task_module("tah_math/grading.py")
+
+
+@pytest.fixture(scope="module")
+def grade(grading) -> Callable[[str, str | None, bool], dict[str, int]]:
+    return grader_of(grading)
+
+
+def grader_of(grading: ModuleType) -> Callable[[str, str | None, bool], dict[str, int]]:
+    return lambda gold, text, opened: grading.grade_boxed({"answer": gold, "trace_opened": opened}, [text])
 
 
 def pairs(table: dict[str, list[str]]) -> list[tuple[str, str]]:
@@ -168,6 +176,12 @@ def test_answers_that_mean_the_reference_are_right(same, gold: str, box: str) ->
 @pytest.mark.parametrize(("gold", "box"), pairs(WRONG))
 def test_answers_that_mean_something_else_are_wrong(same, gold: str, box: str) -> None:
     assert not same(gold, box)
+
+
+def test_a_reference_is_itself_and_not_the_next(same) -> None:
+    golds = list(dict.fromkeys([*RIGHT, *WRONG]))
+    assert [gold for gold in golds if not same(gold, gold)] == []
+    assert [pair for pair in pairwise([*golds, golds[0]]) if same(*pair)] == []
 
 
 @pytest.mark.parametrize(
@@ -216,13 +230,25 @@ def test_a_server_that_returned_nothing_is_wrong(grade) -> None:
     assert grade("0", None, False) == {"exact_match": 0, "closed_trace": 0, "truncated": 0}
 
 
+@pytest.fixture
+def impatient(task_module, tasks_folder, tmp_path, monkeypatch) -> Callable[[str, str, bool], dict[str, int]]:
+    """The grader with a second of CPU for an answer in place of five."""
+    patient = (tasks_folder / "tah_math" / "verifier.py").read_text(encoding="utf-8")
+    assert patient.count("CPU_SECONDS = 5\n") == 1
+    (tmp_path / "verifier.py").write_text(patient.replace("CPU_SECONDS = 5\n", "CPU_SECONDS = 1\n"), encoding="utf-8")
+    grading = task_module("tah_math/grading.py")
+    monkeypatch.setattr(grading, "FOLDER", tmp_path)
+    return grader_of(grading)
+
+
 # One that takes forever in a single multiplication, and one that takes forever in small steps.
-@pytest.mark.parametrize("box", ["10^{10^{10}}", "(x+1)^{100000}"])
-def test_an_answer_that_cannot_be_computed_is_wrong_and_harms_no_other(grade, box: str) -> None:
-    start = time.perf_counter()
-    assert grade("x^2", rf"\boxed{{{box}}}", False)["exact_match"] == 0
-    assert time.perf_counter() - start < 60
-    assert grade("x^2", r"\boxed{x \cdot x}", False)["exact_match"] == 1
+def test_an_answer_that_cannot_be_computed_is_wrong_and_harms_no_other(impatient, caplog) -> None:
+    for endless in ("10^{10^{10}}", "(x+1)^{100000}"):
+        start = time.perf_counter()
+        assert impatient("x^2", rf"\boxed{{{endless}}}", False)["exact_match"] == 0
+        assert time.perf_counter() - start < 30
+        assert f"No verdict on {endless!r} in time" in caplog.text
+        assert impatient("x^2", r"\boxed{x \cdot x}", False)["exact_match"] == 1
 
 
 @pytest.mark.parametrize(
@@ -245,117 +271,16 @@ def test_threads_may_grade_at_once(grade) -> None:
         assert list(pool.map(exact_match, range(64))) == [int(number % 2 == 0) for number in range(64)]
 
 
-# --- real reference answers ---
-
-REFERENCES = ["tah_gsm8k", "tah_math500", "tah_aime25"]
-ROWS = {"tah_gsm8k": 1319, "tah_math500": 500, "tah_aime25": 30}
-
-
-@pytest.fixture
-def references(hub, tasks_folder) -> Callable[[str], list[str]]:
-    return lambda task: [row["answer"] for row in load(task, tasks_folder).eval_docs]
-
-
-def load(task: str, tasks_folder: Path, **metadata: Any) -> Any:
-    """A task as lm-eval loads it for a model."""
-    from lm_eval.tasks import TaskManager
-
-    metadata = {"trace_opened": False, **metadata}
-    manager = TaskManager(include_path=str(tasks_folder), include_defaults=False, metadata=metadata)
-    return manager.load_task_or_group(task)[task]
-
-
-@pytest.mark.parametrize("task", REFERENCES)
-def test_a_reference_answer_graded_against_itself_is_right(references, grader, same, task: str) -> None:
-    golds = references(task)
-    assert len(golds) == ROWS[task]
-    grade = grader(task)
-    right = [grade(gold, rf"It is $\boxed{{{gold}}}$.", False)["exact_match"] for gold in golds]
-    assert sum(right) >= 0.99 * len(golds)
-    # Written another way, so that no comparison of strings can tell.
-    values = [gold for gold in golds if not re.search(r"[,=_$]|\\(?:text|mbox|in|pm|cup|circ|begin)(?![a-z])", gold)]
-    right = [same(gold, rf"\frac{{2({gold})}}{{2}}") for gold in values]
-    assert len(values) > 0.8 * len(golds)
-    assert sum(right) >= 0.99 * len(values)
-
-
-@pytest.mark.parametrize("task", REFERENCES)
-def test_the_reference_answer_of_another_question_is_wrong(references, same, task: str) -> None:
-    golds = references(task)
-    others = [next(other for other in golds[index:] + golds if other != gold) for index, gold in enumerate(golds)]
-    taken = [pair for pair in zip(golds, others, strict=True) if same(*pair)]
-    # Two questions of MATH-500 have the same answer, one with the name of the variable.
-    assert set(taken) <= {("5", "x=5")}
-
-
 # --- the tasks inside lm-eval ---
 
-# Questions made up for these tests, in the columns that each data set has on the hub.
-BENCHMARKS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
-    "openai/gsm8k": (
-        "main",
-        "test",
-        [
-            {"question": "Two pens at 600 each?", "answer": "Two times 600 is <<2*600=1200>>1200.\n#### 1,200"},
-            {"question": "Three pens at 2 each?", "answer": "3 * 2 = <<3*2=6>>6\n#### 6"},
-            {"question": "No pen?", "answer": "None.\n#### 0"},
-        ],
-    ),
-    "HuggingFaceH4/MATH-500": (
-        "default",
-        "test",
-        [{"problem": "Halve $1$.", "answer": r"\frac{1}{2}"}, {"problem": "Solve $|x| < 1$.", "answer": "(-1,1)"}],
-    ),
-    "math-ai/amc23": ("default", "test", [{"id": 0, "answer": "27.0", "question": "What is $3^3$?", "url": "nowhere"}]),
-    "math-ai/aime25": ("default", "test", [{"problem": "What is $70 + 3$?", "answer": "73", "id": "0"}]),
-    "Hothan/OlympiadBench": (
-        "OE_TO_maths_en_COMP",
-        "train",
-        [
-            {
-                "id": number,
-                "subfield": "Algebra",
-                "context": context,
-                "question": question,
-                "solution": ["Obvious."],
-                "final_answer": [answer],
-                "is_multiple_answer": several,
-                "unit": unit,
-                "answer_type": "Numerical",
-                "error": error,
-            }
-            for number, (context, question, answer, several, unit, error) in enumerate(
-                [
-                    (None, "Solve $x^2=4$.", "$-2$,$2$", True, None, None),
-                    (None, "What share is $1/24$?", "4.2", False, "%", "1e-1"),
-                    ("Let $n$ be even.", "What is half of $n$?", r"$\frac{n}{2}$", False, None, None),
-                    (None, "How far?", r"$\frac{41}{12}$", False, "km", None),
-                ]
-            )
-        ],
-    ),
-}
-# For each question above a right answer, written as a model would.
+# For each question of `made_hub.py` a right answer, written as a model would.
 ANSWERS = {
     "tah_gsm8k": [r"\$1200", r"6 \text{ dollars}", "0"],
-    "tah_math500": ["0.5", r"\left(-1, 1\right)"],
+    "tah_math500": [r"\left(-1, 1\right)", "0.5"],
     "tah_amc23": ["27"],
-    "tah_aime25": ["073"],
+    "tah_aime25": [f"{number + 3:03d}" for number in range(30)],
     "tah_olympiadbench": [r"\pm 2", r"4.17\%", r"\dfrac n2", r"3\frac{5}{12} \text{ km}"],
 }
-
-
-@pytest.fixture
-def benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory from which `datasets` finds the made-up questions in the place of the hub's."""
-    for name, (config, split, rows) in BENCHMARKS.items():
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        files = f"configs:\n- config_name: {config}\n  data_files:\n  - {{split: {split}, path: rows.jsonl}}\n"
-        (folder / "README.md").write_text(f"---\n{files}---\n", encoding="utf-8")
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_the_group_holds_the_five_benchmarks(tasks_folder) -> None:
@@ -389,28 +314,28 @@ def test_rows_are_those_of_lm_evals_own_task(tasks_folder, task: str, own: str) 
     )
 
 
-@pytest.mark.parametrize("task", REFERENCES)
-def test_real_problems_are_asked_whole(hub, tasks_folder, task: str) -> None:
-    loaded = load(task, tasks_folder, trace_opened=True)
+@pytest.mark.parametrize("task", TASKS)
+def test_problems_are_asked_whole_and_without_their_solution(hub, load_task, task: str) -> None:
+    loaded = load_task(task, trace_opened=True)
     for row in loaded.eval_docs:
         assert row["trace_opened"]
         asked = loaded.doc_to_text(row)
         assert asked.startswith(row["problem"])
-        assert asked.endswith(r"put your final answer within \boxed{}.")
-        assert "####" not in asked
+        assert not any(of_solution in asked for of_solution in ("####", "<<", "Obvious"))
+        if not row.get("is_multiple_answer"):
+            assert asked.endswith(r"put your final answer within \boxed{}.")
 
 
-def test_several_answers_are_asked_for_in_one_box(benchmarks, tasks_folder) -> None:
-    loaded = load("tah_olympiadbench", tasks_folder)
+def test_several_answers_are_asked_for_in_one_box(hub, load_task) -> None:
+    loaded = load_task("tah_olympiadbench")
     asked = [loaded.doc_to_text(row) for row in loaded.eval_docs]
     assert [r"within one \boxed{}, separated by commas" in text for text in asked] == [True, False, False, False]
     assert asked[2].startswith("Let $n$ be even.\nWhat is half of $n$?")
-    assert not any("Obvious" in text for text in asked)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_right_answers_to_every_benchmark_are_right_and_others_wrong(benchmarks, tasks_folder, task: str) -> None:
-    loaded = load(task, tasks_folder)
+def test_right_answers_to_every_benchmark_are_right_and_others_wrong(hub, load_task, task: str) -> None:
+    loaded = load_task(task)
     rows = list(loaded.eval_docs)
 
     def exact_match(row: dict[str, Any], box: str) -> int:
@@ -418,50 +343,3 @@ def test_right_answers_to_every_benchmark_are_right_and_others_wrong(benchmarks,
 
     assert [exact_match(row, box) for row, box in zip(rows, ANSWERS[task], strict=True)] == [1] * len(rows)
     assert [exact_match(row, "12345") for row in rows] == [0] * len(rows)
-
-
-def test_the_group_weighs_every_benchmark_alike(benchmarks, tasks_folder) -> None:
-    import lm_eval
-    from lm_eval.api.model import LM
-    from lm_eval.tasks import TaskManager
-
-    solved = {"27", "73"}
-
-    class Scripted(LM):
-        """A model that solves AMC and AIME and boxes nothing else."""
-
-        asked: Sequence[str] = ()
-
-        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            self.asked = [request.args[0] for request in requests]
-            answers = [request.doc["answer"] for request in requests]
-            return [rf"\boxed{{{answer}}}" if answer in solved else "Hm." for answer in answers]
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return json.dumps(chat_history)
-
-        @property
-        def tokenizer_name(self) -> str:
-            return "scripted"
-
-        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
-            raise AssertionError("the tasks are generative")
-
-        loglikelihood_rolling = loglikelihood
-
-    model = Scripted()
-    results = lm_eval.simple_evaluate(
-        model,
-        tasks=["tah_math"],
-        task_manager=TaskManager(
-            include_path=str(tasks_folder), include_defaults=False, metadata={"trace_opened": False}
-        ),
-        apply_chat_template=True,
-        bootstrap_iters=0,
-    )
-    assert results["results"]["tah_gsm8k"]["exact_match,none"] == 0
-    assert results["results"]["tah_aime25"]["exact_match,none"] == 1
-    assert results["groups"]["tah_math"]["exact_match,none"] == pytest.approx(2 / 5)
-    # Zero-shot: one user message, nothing before it.
-    assert len(model.asked) == 11
-    assert all([turn["role"] for turn in json.loads(asked)] == ["user"] for asked in model.asked)

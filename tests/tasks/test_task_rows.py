@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
+import re
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 PROMPT_COLUMNS = {"id", "messages", "trace_opened"}
 
 
-def rows_of(task: str, tasks_folder, **metadata) -> list[dict]:
+@pytest.fixture(scope="session")
+def rows_of(load_task) -> Callable[..., list[dict]]:
     """The rows of a task as lm-eval would load them for a model."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(tasks_folder), include_defaults=False, metadata=metadata)
-    return list(manager.load_task_or_group(task)[task].eval_docs)
+    return lambda task, **metadata: list(load_task(task, **metadata).eval_docs)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_what_would_grade_wrongly_is_an_error(dataset, metadata, says) -> None:
 
 
 @pytest.mark.parametrize("task", ["mini_math", "mini_qa"])
-def test_mini_training_prompts_and_test_questions_are_disjoint(task, tasks_folder) -> None:
-    test = rows_of(task, tasks_folder, trace_opened=True)
-    prompts = rows_of(f"{task}_prompts", tasks_folder, trace_opened=True)
+def test_mini_training_prompts_and_test_questions_are_disjoint(task, rows_of) -> None:
+    test = rows_of(task, trace_opened=True)
+    prompts = rows_of(f"{task}_prompts", trace_opened=True)
     assert {row["trace_opened"] for row in [*test, *prompts]} == {True}
     asked = {row["messages"][0]["content"] for row in prompts}
     assert len(asked) == len(prompts)
@@ -89,80 +89,67 @@ def test_mini_training_prompts_and_test_questions_are_disjoint(task, tasks_folde
 
 
 @pytest.mark.parametrize(("task", "reader"), [("mini_math", "read_integer"), ("mini_qa", "read_decision")])
-def test_every_mini_gold_answer_is_one_that_its_reader_reads(task, reader, tasks_folder, answers) -> None:
-    for row in rows_of(task, tasks_folder, trace_opened=False):
+def test_every_mini_gold_answer_is_one_that_its_reader_reads(task, reader, rows_of, answers) -> None:
+    for row in rows_of(task):
         assert str(getattr(answers, reader)(row["answer"])) == row["answer"]
 
 
 @pytest.mark.parametrize("task", ["mini_math_prompts", "mini_qa_prompts"])
-def test_mini_prompts_carry_no_answer(task, tasks_folder) -> None:
-    for row in rows_of(task, tasks_folder, trace_opened=False):
+def test_mini_prompts_carry_no_answer(task, rows_of) -> None:
+    for row in rows_of(task):
         assert set(row) == PROMPT_COLUMNS
         assert [message["role"] for message in row["messages"]] == ["user"]
 
 
-def test_a_prompts_file_becomes_rows(tasks_folder, tmp_path) -> None:
+def test_a_prompts_file_becomes_rows(rows_of, tmp_path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"problem": "Why?", "answer": "secret"}\n{"id": 7, "prompt": "How?"}\n', encoding="utf-8")
-    assert rows_of("prompts_file", tasks_folder, trace_opened=True, prompts_file=str(file)) == [
+    assert rows_of("prompts_file", trace_opened=True, prompts_file=str(file)) == [
         {"id": "1", "messages": [{"role": "user", "content": "Why?"}], "trace_opened": True},
         {"id": "7", "messages": [{"role": "user", "content": "How?"}], "trace_opened": True},
     ]
 
 
-def test_a_prompts_file_has_to_be_named(tasks_folder) -> None:
+def test_a_prompts_file_has_to_be_named(rows_of) -> None:
     with pytest.raises(ValueError, match="--metadata"):
-        rows_of("prompts_file", tasks_folder, trace_opened=True)
+        rows_of("prompts_file", trace_opened=True)
 
 
-def test_aime_asks_thirty_problems_and_trains_on_fifteen_earlier_ones(hub, tasks_folder, answers) -> None:
-    test = rows_of("aime26", tasks_folder, trace_opened=True)
-    prompts = rows_of("aime_prompts15", tasks_folder, trace_opened=True)
-    assert (len(test), len(prompts)) == (30, 15)
-    for row in test:
-        boxed = f"\\boxed{{{row['answer']:03d}}}"
-        assert answers.grade_integer(row, [f"So</think>{boxed}"])["exact_match"] == 1
-        assert answers.grade_integer(row, [f"So {boxed}"])["truncated"] == 1
+def test_aime_asks_thirty_problems_and_trains_on_fifteen_earlier_ones(hub, load_task, rows_of) -> None:
+    task = load_task("aime26", trace_opened=True)
+    test = list(task.eval_docs)
+    prompts = rows_of("aime_prompts15", trace_opened=True)
+    assert [row["problem_idx"] for row in test] == list(range(1, 31))
+    assert {row["trace_opened"] for row in [*test, *prompts]} == {True}
     assert all(set(row) == PROMPT_COLUMNS for row in prompts)
     assert [row["id"] for row in prompts] == [f"aime_2025_i_{number}" for number in range(1, 16)]
-    asked = "\n".join(row["messages"][0]["content"] for row in prompts)
-    assert not any(row["problem"] in asked for row in test)
+    instruction = r"Please reason step by step, and put your final answer within \boxed{}."
+    assert [task.doc_to_text(row) for row in test] == [f"{row['problem']}\n\n{instruction}" for row in test]
+    # The first of the two exams, as `made_hub.py` words it, and nothing of the answers.
+    assert [row["messages"] for row in prompts] == [
+        [{"role": "user", "content": f"Find ${number} + 3$ in base ten.\n\n{instruction}"}] for number in range(15)
+    ]
 
 
-def test_pubmedqa_asks_thirty_questions_and_trains_on_fifteen_others(hub, tasks_folder, answers) -> None:
-    test = rows_of("pubmedqa30", tasks_folder, trace_opened=False)
-    prompts = rows_of("pubmedqa_prompts15", tasks_folder, trace_opened=False)
-    assert (len(test), len(prompts)) == (30, 15)
-    for row in test:
-        assert answers.grade_decision(row, [f"Answer: {row['answer']}"])["exact_match"] == 1
+def test_pubmedqa_asks_thirty_questions_and_trains_on_fifteen_others(hub, load_task, rows_of, tasks_folder) -> None:
+    task = load_task("pubmedqa30", trace_opened=True)
+    test, prompts = list(task.eval_docs), rows_of("pubmedqa_prompts15", trace_opened=True)
+    assert {row["trace_opened"] for row in [*test, *prompts]} == {True}
+    # The rows have an order of their own; the chosen ids' counts.
+    assert [str(row["pubid"]) for row in test] == ids(tasks_folder, "test")
+    assert [row["id"] for row in prompts] == ids(tasks_folder, "prompt")
     assert all(set(row) == PROMPT_COLUMNS for row in prompts)
-    assert {row["id"] for row in prompts}.isdisjoint(str(row["pubid"]) for row in test)
-    asked = "\n".join(row["messages"][0]["content"] for row in prompts)
-    assert not any(row["question"] in asked for row in test)
-    assert not any(row["long_answer"] in asked for row in test)
-
-
-def test_pubmedqa_conclusions_are_not_in_the_question(hub, tasks_folder) -> None:
-    from datasets import load_dataset
-    from lm_eval.utils import load_yaml_config
-
-    question = load_yaml_config(str(tasks_folder / "pubmedqa" / "pubmedqa30.yaml"), mode="full")["doc_to_text"]
-    for row in load_dataset("qiaojin/PubMedQA", "pqa_labeled", split="train").select(range(200)):
-        assert row["long_answer"] not in question(row)
-
-
-def test_pubmed_ids_follow_the_documented_rule(hub, tasks_folder, task_module) -> None:
-    from datasets import load_dataset
-
-    choice = task_module("pubmedqa/choose_ids.py")
-    official = json.loads((hub.parent / "pubmedqa_test_ground_truth.json").read_text(encoding="utf-8"))
-    labeled = [str(pubid) for pubid in load_dataset("qiaojin/PubMedQA", "pqa_labeled", split="train")["pubid"]]
-    test = (tasks_folder / "pubmedqa" / "test_ids.txt").read_text(encoding="utf-8").split()
-    prompts = (tasks_folder / "pubmedqa" / "prompt_ids.txt").read_text(encoding="utf-8").split()
-    assert choice.choose_test_ids(official) == test
-    assert choice.choose_prompt_ids(labeled, official) == prompts
-    assert Counter(official[pubmed_id] for pubmed_id in test) == {"yes": 17, "no": 10, "maybe": 3}
-    assert set(prompts) <= set(labeled) - set(official)
+    assert {tuple(message["role"] for message in row["messages"]) for row in prompts} == {("user",)}
+    asked = [(row["pubid"], task.doc_to_text(row)) for row in test]
+    asked += [(row["id"], row["messages"][0]["content"]) for row in prompts]
+    for pubmed_id, text in asked:
+        # As `made_hub.py` words it: the abstract and the question, and neither its conclusion nor its decision.
+        assert re.fullmatch(
+            rf"Abstract:\nDrug {pubmed_id} was given to (\d+) patients\.\nOf them \1 got better\.\n\n"
+            rf"Question: Does drug {pubmed_id} help\?\n\nAnswer the question from the abstract alone\. "
+            'End with one line that says "Answer: yes", "Answer: no" or "Answer: maybe"\.',
+            text,
+        )
 
 
 def test_the_rule_keeps_proportions_and_ignores_order(task_module) -> None:
@@ -171,10 +158,19 @@ def test_the_rule_keeps_proportions_and_ignores_order(task_module) -> None:
     chosen = choice.choose_test_ids(gold, size=10)
     assert Counter(gold[pubmed_id] for pubmed_id in chosen) == {"yes": 8, "no": 2}
     assert choice.choose_test_ids(dict(reversed(gold.items())), size=10) == chosen
-    assert choice.choose_prompt_ids(["7", "200", "201"], gold, size=5) in (["200", "201"], ["201", "200"])
+    assert choice.choose_prompt_ids(["7", "200", "201", "202"], gold, size=2) == by_hash(["200", "201", "202"])[:2]
 
 
-def test_committed_pubmed_ids_are_disjoint(tasks_folder) -> None:
-    test = (tasks_folder / "pubmedqa" / "test_ids.txt").read_text(encoding="utf-8").split()
-    prompts = (tasks_folder / "pubmedqa" / "prompt_ids.txt").read_text(encoding="utf-8").split()
+def test_committed_pubmed_ids_are_disjoint_and_in_order(tasks_folder) -> None:
+    test, prompts = ids(tasks_folder, "test"), ids(tasks_folder, "prompt")
     assert (len(set(test)), len(set(prompts)), set(test) & set(prompts)) == (30, 15, set())
+    assert test == by_hash(test)
+    assert prompts == by_hash(prompts)
+
+
+def ids(tasks_folder, kind: str) -> list[str]:
+    return (tasks_folder / "pubmedqa" / f"{kind}_ids.txt").read_text(encoding="utf-8").split()
+
+
+def by_hash(pubmed_ids: list[str]) -> list[str]:
+    return sorted(pubmed_ids, key=lambda pubmed_id: hashlib.sha256(pubmed_id.encode()).hexdigest())
