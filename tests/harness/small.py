@@ -18,6 +18,7 @@ from harness.config import load, read_recipes
 from harness.runner import LocalRunner
 from harness.view import View
 
+KNOWN: dict[str, Any] = {}  # what lm-eval said so far
 TS_LOOP = str(Path(sys.executable).with_name("ts-loop"))
 
 
@@ -69,6 +70,25 @@ class Ran:
         return {key: mark.stat().st_mtime_ns for key, mark in marks.items() if mark.exists()}
 
 
+def prepared(
+    config: Path,
+    out: Path,
+    changes: tuple[str, ...] = (),
+    wishes: loop.Wishes = loop.Wishes(),  # noqa: B008
+    view: View | None = None,
+    **overrides: Any,
+) -> loop.Run:
+    """A run as it is planned; what lm-eval knows of its tasks is asked for once, not for each folder of runs."""
+    settings = load(config, overrides, changes)
+    cache = out / "stages" / ".tasks.json"
+    if KNOWN and not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps(KNOWN))
+    run = loop.prepare(settings, read_recipes(settings, changes), out.resolve(), view or View(), wishes)
+    KNOWN.update(json.loads(cache.read_text()))
+    return run
+
+
 def run_here(
     config: Path,
     out: Path,
@@ -79,7 +99,6 @@ def run_here(
 ) -> Ran:
     """The loop as the command runs it, in this process and on a runner that is there already."""
     console = Console(file=io.StringIO(), width=200, highlight=False)
-    settings = load(config, overrides, changes)
-    run = loop.prepare(settings, read_recipes(settings, changes), out.resolve(), View(console), wishes)
+    run = prepared(config, out, changes, wishes, View(console), **overrides)
     results = loop.go(run, View(console), runner)
     return Ran(run, console.file.getvalue(), results)  # type: ignore[attr-defined]

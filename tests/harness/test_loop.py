@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from small import Ran, run_here, small_loop, ts_loop
+from small import Ran, prepared, run_here, small_loop, ts_loop
 
 from harness import loop
-from harness.config import load, read_recipes
 from harness.errors import LoopError, StageError
 from harness.files import digest
 from harness.plan import Step, plan
@@ -216,15 +215,14 @@ def test_overwritten_weights_are_noticed(copied: tuple[Path, Path], runner: Loca
 def test_an_input_that_is_written_to_is_another_one(recipes: Path, tmp_path: Path) -> None:
     thinking = Path(shutil.copytree(recipes / "mini/thinking", tmp_path / "thinking"))
     config = small_loop(recipes, tmp_path / "mine", thinking=str(thinking))
-    settings = loop_settings(config)
-    first = loop.prepare(*settings, tmp_path / "runs", View())
+    first = prepared(config, tmp_path / "runs")
     weights = thinking / "model.safetensors"
     kept = weights.read_bytes()
     (thinking / ".DS_Store").write_bytes(b"x")
-    same = loop.prepare(*settings, tmp_path / "runs", View())
+    same = prepared(config, tmp_path / "runs")
     assert [same.keys[s.stage] for s in same.steps] == [first.keys[s.stage] for s in first.steps]
     weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    other = loop.prepare(*settings, tmp_path / "runs", View())
+    other = prepared(config, tmp_path / "runs")
     changed = {
         s.name for s, t in zip(other.steps, first.steps, strict=True) if other.keys[s.stage] != first.keys[t.stage]
     }
@@ -235,28 +233,23 @@ def test_an_input_that_is_written_to_is_another_one(recipes: Path, tmp_path: Pat
         loop.perform(other, None, View(), key, {})  # type: ignore[arg-type]
 
 
-def loop_settings(config: Path) -> tuple[Any, Any]:
-    settings = load(config, {})
-    return settings, read_recipes(settings)
-
-
 # --- what the loop can be ---
 
 
 def test_labels_are_the_model_s_own(recipes: Path, tmp_path: Path) -> None:
     """Every gold answer swapped for garbage is the same run, to the key: no stage could read one."""
     config = small_loop(recipes, tmp_path / "mine")
-    first = loop.prepare(*loop_settings(config), tmp_path / "runs", View())
+    first = prepared(config, tmp_path / "runs")
     prompts = config.parent / "mine.jsonl"
     swapped = [{**json.loads(line), "answer": f"garbage {n}"} for n, line in enumerate(prompts.open())]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in swapped))
-    second = loop.prepare(*loop_settings(config), tmp_path / "runs", View())
+    second = prepared(config, tmp_path / "runs")
     assert [second.keys[s.stage] for s in second.steps] == [first.keys[s.stage] for s in first.steps]
     (generate,) = (step.stage for step in second.steps if step.name == "generate")
     assert "garbage" not in json.dumps([*generate.files.values(), *generate.recipes.values()])
     swapped[0]["problem"] += " "
     prompts.write_text("".join(json.dumps(row) + "\n" for row in swapped))
-    third = loop.prepare(*loop_settings(config), tmp_path / "runs", View())
+    third = prepared(config, tmp_path / "runs")
     assert third.keys[third.steps[2].stage] != first.keys[first.steps[2].stage]
 
 

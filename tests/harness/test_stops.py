@@ -1,0 +1,140 @@
+"""However a run is ended, nothing it started lives on, and the same command ends in the undisturbed run's rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from small import TS_LOOP, small_loop, ts_loop
+
+TAG = "TS_LOOP_TEST"  # in the environment of a run, and so of all that it starts
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
+
+
+def started(config: Path, out: Path, tag: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [TS_LOOP, "--config", str(config), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, TAG: tag},
+        # a job in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def tagged(tag: str) -> list[psutil.Process]:
+    """Every process that a run has started, whoever is its parent now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(TAG) == tag and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def ended(running: subprocess.Popen[str], number: signal.Signals, tag: str) -> str:
+    """Signal a run; what it said, once it and all it had started are gone, ten seconds later at most."""
+    assert len(tagged(tag)) >= 2
+    running.send_signal(number)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and tagged(tag):
+        time.sleep(0.05)
+    assert tagged(tag) == []
+    _, said = running.communicate(timeout=10)
+    assert running.returncode == CODES[number]
+    return said
+
+
+def when(seen: Callable[[], object], running: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not seen() and time.monotonic() < deadline:
+        assert running.poll() is None
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_run_ended_in_the_middle_leaves_no_process(recipes: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Each signal in another stage."""
+    config, out, tag = small_loop(recipes, tmp_path / "mine", limit=12), tmp_path / "runs", uuid.uuid4().hex
+    stage = {
+        signal.SIGINT: "evaluate",
+        signal.SIGTERM: "generate",
+        signal.SIGHUP: "evaluate",
+        signal.SIGKILL: "distill",
+    }
+    running = started(config, out, tag)
+    when(lambda: list((out / "stages").glob(f"{stage[number]}-*/log.txt")), running)
+    said = ended(running, number, tag)
+    if number != signal.SIGKILL:
+        assert said == "ts-loop: stopped; what is finished is kept, run the same command again to continue\n"
+    assert json.loads((out / "small/run.json").read_text())["sittings"]
+
+
+def test_ctrl_c_while_the_tools_are_imported(recipes: Path, tmp_path: Path) -> None:
+    config, tag = small_loop(recipes, tmp_path / "mine"), uuid.uuid4().hex
+    running = started(config, tmp_path / "runs", tag)
+    when(lambda: len(tagged(tag)) >= 2, running)
+    time.sleep(0.5)
+    assert "stopped" in ended(running, signal.SIGINT, tag)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_thirty_random_moments(recipes: Path, tmp_path: Path) -> None:
+    """One run, ended thirty times on its way; and a fresh one each time it got to its end before."""
+    config = small_loop(recipes, tmp_path / "mine", limit=24, iterations=2)
+    begun = time.monotonic()
+    ts_loop("--config", config, "--out", tmp_path / "undisturbed")
+    lasts = time.monotonic() - begun
+    rows = json.loads((tmp_path / "undisturbed/small/results.json").read_text())["rows"]
+    chance, numbers = random.Random(0), [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL] * 10
+    run = 0
+    while numbers:
+        out = tmp_path / f"runs{run}"
+        run += 1
+        for _ in range(5):
+            if not numbers:
+                break
+            tag = uuid.uuid4().hex
+            running = started(config, out, tag)
+            time.sleep(chance.uniform(0.5, lasts / 2))
+            if running.poll() is not None:
+                running.communicate()
+                continue
+            ended(running, numbers.pop(), tag)
+        ts_loop("--config", config, "--out", out)
+        assert json.loads((out / "small/results.json").read_text())["rows"] == rows
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_on_one_run_and_on_two_that_share(recipes: Path, tmp_path: Path) -> None:
+    config = small_loop(recipes, tmp_path / "mine", limit=12)
+    for second in ([], ["--name", "other", "--t", "0.3"]):
+        out = tmp_path / f"runs{len(second)}"
+        command = [TS_LOOP, "--config", str(config), "--out", str(out)]
+        pair = [subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) for more in ([], second)]
+        said = [running.communicate(timeout=600)[0] for running in pair]
+        assert [running.returncode for running in pair] == [0, 0]
+        begun = "".join(said).count("$ ")  # nothing: commands are told with -v alone
+        assert begun == 0
+        for log in (out / "stages").glob("*/log.txt"):
+            assert log.read_text().count("\n$ ") + log.read_text().startswith("$ ") == (
+                2 if "distill-" in str(log) else 1
+            )
+        stages = list((out / "stages").glob("*/stage.json"))
+        assert len(stages) == (7 if not second else 9)
+        performed = [line for text in said for line in text.splitlines() if " s  " in line and "reused" not in line]
+        assert len(performed) == len(stages) + 0
