@@ -183,8 +183,8 @@ def summary(outcomes: Iterable[Outcome]) -> list[Row]:
         correct = math.fsum(one.score for one in mine)
         low, high = interval([one.score for one in mine])
         counted = all(one.answer_tokens is not None for one in mine)
-        trace = sum(one.trace_tokens or 0 for one in mine) / answers
-        rest = sum(one.answer_tokens or 0 for one in mine) / answers
+        trace = sum(one.trace_tokens or 0 for one in mine)
+        rest = sum(one.answer_tokens or 0 for one in mine)
         rows.append(
             {
                 "task": task,
@@ -192,8 +192,8 @@ def summary(outcomes: Iterable[Outcome]) -> list[Row]:
                 "correct": int(correct) if correct == int(correct) else correct,
                 "accuracy": correct / n,
                 "ci95": [low, high],
-                "tokens_per_answer": trace + rest if counted else None,
-                "trace_tokens": trace if counted else None,
+                "tokens_per_answer": (trace + rest) / answers if counted else None,
+                "trace_tokens": trace / answers if counted else None,
                 "closed_traces": sum(one.closed for one in mine) / answers,
                 "truncated": sum(one.truncated for one in mine) / answers,
             }
