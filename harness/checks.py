@@ -273,6 +273,9 @@ def check_tasks(prompts: Sequence[Task], tests: Sequence[Task]) -> None:
                 f"task {task.name} is {task.output_type}: it compares likelihoods of given texts, before which no "
                 "checkpoint gets to think\nname one that lets the checkpoint write (output_type: generate_until)"
             )
+    for task in tests:
+        if task.conversations and task.grades_traces:
+            raise LoopError(f"task {task.name} asks training prompts, which have no right answers; do not score it")
     for task in prompts:
         if not task.conversations:
             raise LoopError(

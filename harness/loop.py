@@ -94,8 +94,9 @@ class Run:
 
 @cache
 def versions() -> dict[str, str]:
-    """The versions of the stack, and a digest of the plugins' own code; a package that is not installed is left out."""
+    """The versions of the stack, and digests of our own code in it; a package that is not installed is left out."""
     import thinkswitch_plugin
+    from harness import asking, grading
 
     found = {}
     for name in STACK:
@@ -103,9 +104,14 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    code = Path(str(thinkswitch_plugin.__file__)).parent
-    lines = [f"{path.relative_to(code)}\0{digest(path)}\n" for path in below(code) if path.suffix == ".py"]
-    return {**found, "thinkswitch_plugin": sha256("".join(lines).encode()).hexdigest()[:12]}
+    plugins = [path for path in below(Path(str(thinkswitch_plugin.__file__)).parent) if path.suffix == ".py"]
+    graders = [Path(str(module.__file__)) for module in (asking, grading, outcomes)]
+    return {**found, "thinkswitch_plugin": code_of(plugins), "grading": code_of(graders)}
+
+
+def code_of(files: Sequence[Path]) -> str:
+    """A short digest of code of ours: a version that a checkout has, too."""
+    return sha256("".join(map(digest, files)).encode()).hexdigest()[:12]
 
 
 def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: View, wishes: Wishes = Wishes()) -> Run:
@@ -116,18 +122,20 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
     """
     store, folder = Store(out / "stages"), RunDir(out / config.name)
     noted = folder.noted()
-    pair, names = check_pair(config)
+    pair, on_hub = check_pair(config)
     prompts = checks.checked_prompts(config.prompts_file) if config.prompts_file else None
     if config.include_path and not config.include_path.is_dir():
         raise LoopError(f"--include-path {config.include_path}: no such folder")
     known = Known(store.root / ".known.json", view.hashing)
     if wishes.verify:
         known.forget()
-    externals = {role: identified(path, names[role], known) for role, path in pair.items()}
+    externals = {role: identified(path, on_hub[role], known) for role, path in pair.items()}
     asked = [*config.prompt_tasks, *config.tasks]
     found = tasks.find(asked, config.include_path, store.root / ".tasks.json")
-    prompt_tasks = [task for name in config.prompt_tasks for task in found[name]]
-    test_tasks = [task for name in config.tasks for task in found[name]]
+    prompt_tasks, test_tasks = (
+        list(dict.fromkeys(task for name in names for task in found[name]))
+        for names in (config.prompt_tasks, config.tasks)
+    )
     checks.check_tasks(prompt_tasks, test_tasks)
 
     def identify(text: str) -> str | None:

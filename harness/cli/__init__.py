@@ -70,8 +70,8 @@ def main() -> None:
             "ts-loop: needs Linux (bitsandbytes, process groups that end with it); on Windows use WSL 2", err=True
         )
         sys.exit(2)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, _stop)
     code: object = 0
     try:
@@ -79,9 +79,9 @@ def main() -> None:
     except LoopError as error:
         click.echo(f"ts-loop: {error}", err=True)
         code = error.code
-    except (KeyboardInterrupt, click.Abort, Stopped) as stopped:
+    except Stopped as stopped:
         click.echo("ts-loop: stopped; what is finished is kept, run the same command again to continue", err=True)
-        code = stopped.code if isinstance(stopped, Stopped) else 130
+        code = stopped.code
     except click.ClickException as error:
         error.show()
         code = error.exit_code

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harness import asking, outcomes
 from harness.asking import ANSWERS, NF4_COPY, RECIPE, Settings
+from harness.errors import LoopError
 from harness.files import read_json
 from harness.stages import OWN, Facts, Kind, Recipe, Source, Stage
 from harness.tasks import Task
@@ -27,8 +28,13 @@ def build(recipe: Recipe, settings: Settings, tasks: Sequence[Task], checkpoint:
         tasks: whose questions are asked.
         checkpoint: what is tested.
         tah: it is a TaH checkpoint, whose code was looked at.
+
+    Raises:
+        LoopError: if the recipe would have the answers not scored.
     """
     resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks])
+    if resolved.get("predict_only"):
+        raise LoopError("evaluate: predict_only: lm-eval would not score the answers; remove it from the recipe")
     if tah:
         resolved["model_args"]["trust_remote_code"] = True
     commands = asking.commands_for(resolved, settings.nf4)
@@ -60,4 +66,4 @@ def outcomes_of(folder: Path, stage: Stage, tokenizer: Path | None) -> list[outc
     return outcomes.read(folder / ANSWERS, tokenizer, graded)
 
 
-KIND = Kind("evaluate", "is tested", asking.TOOLS, asking.PHASES, read, outcomes=outcomes_of)
+KIND = Kind("evaluate", "is tested", (*asking.TOOLS, "grading"), asking.PHASES, read, outcomes=outcomes_of)
