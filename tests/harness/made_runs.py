@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from harness.config import LoopConfig, read_recipes
+from harness.loop import Run
 from harness.plan import Inputs, Step, plan
-from harness.stages import External, Facts, Kind, Output, Stage
+from harness.rundir import RunDir
+from harness.stages import External, Facts, Keys, Kind, Output, Stage
+from harness.stats import interval
 from harness.store import Store
 from harness.tasks import Task
 
@@ -99,3 +104,34 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(os, "fsync", sync_too)
     monkeypatch.setattr(os, "replace", replace_too)
     return seen
+
+
+def row(iteration: int, who: str, task_name: str, correct: float, n: int = 200, **more: Any) -> dict[str, Any]:
+    """A row of results.json."""
+    return {
+        "iteration": iteration,
+        "checkpoint": who,
+        "task": task_name,
+        "n": n,
+        "correct": correct,
+        "accuracy": correct / n,
+        "ci95": list(interval([1.0] * int(correct) + [0.0] * (n - int(correct)))),
+        "tokens_per_answer": 9.5 if who == "instruct" else None,
+        "closed_traces": 0.0 if who == "instruct" else 0.985,
+        "truncated": 0.0,
+        **more,
+    }
+
+
+def a_run(config: LoopConfig, out: Path, **changes: Any) -> Run:
+    """A run as `loop.prepare` would plan it, on a pair that need not be there."""
+    steps = list(planned(config, **changes).values())
+    pair = {"instruct": Path("/came/instruct"), "thinking": Path("/came/thinking")}
+    return Run(config, RunDir(out / config.name), Store(out / "stages"), steps, steps, Keys(VERSIONS), pair)
+
+
+def printed(thing: object, width: int = 160) -> str:
+    """What a terminal of that width would show, without colours."""
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(thing)
+    return console.file.getvalue()  # type: ignore[attr-defined]
