@@ -146,12 +146,14 @@ def key_of(recipe: Recipe) -> str:
     return Keys(VERSIONS)[toy("any", recipes={"recipe.yml": recipe})]
 
 
+@settings(max_examples=50)
 @given(MATERIAL)
 def test_the_same_material_has_the_same_key(recipe: Recipe) -> None:
     assert key_of(in_other_order(recipe)) == key_of(recipe)
     assert key_of(json.loads(json.dumps(recipe))) == key_of(recipe)
 
 
+@settings(max_examples=50)
 @given(st.data())
 def test_any_changed_leaf_is_another_key(data: st.DataObject) -> None:
     recipe = data.draw(MATERIAL)

@@ -6,7 +6,7 @@ import math
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize
 
@@ -21,6 +21,7 @@ def answers(correct: int, n: int) -> list[float]:
     return [1.0] * correct + [0.0] * (n - correct)
 
 
+@settings(max_examples=50)
 @given(COUNTS)
 def test_an_interval_of_right_and_wrong_solves_wilson_s_equation(counts: tuple[int, int]) -> None:
     correct, n = counts
@@ -38,6 +39,7 @@ def test_none_and_all_of_the_answers_right(n: int) -> None:
     assert interval(answers(n, n)) == (pytest.approx(n / (n + Z * Z)), 1.0)
 
 
+@settings(max_examples=50)
 @given(COUNTS)
 def test_right_and_wrong_are_alike(counts: tuple[int, int]) -> None:
     correct, n = counts
@@ -45,6 +47,7 @@ def test_right_and_wrong_are_alike(counts: tuple[int, int]) -> None:
     assert interval(answers(n - correct, n)) == pytest.approx((1 - high, 1 - low))
 
 
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from([0, 1, 0.0, 1.0, False, True]), min_size=1, max_size=80), st.randoms())
 def test_order_and_type_of_scores_do_not_matter(scores: list[float], random: object) -> None:
     mixed = list(scores)
@@ -75,6 +78,7 @@ def test_shares_of_several_answers_are_student_s_over_the_questions(scores: list
     assert interval(scores) == pytest.approx((max(0.0, mean - half), min(1.0, mean + half)), abs=1e-6)
 
 
+@settings(max_examples=50)
 @given(SHARES)
 def test_an_interval_holds_the_mean_and_stays_between_0_and_1(scores: list[float]) -> None:
     low, high = interval(scores)
@@ -82,6 +86,7 @@ def test_an_interval_holds_the_mean_and_stays_between_0_and_1(scores: list[float
     assert statistics.fmean(scores) - 1e-12 <= high <= 1
 
 
+@settings(max_examples=50)
 @given(SHARES)
 def test_few_questions_are_never_certain(scores: list[float]) -> None:
     """Alike by chance is not alike for ever: two questions that scored 0.5 each say little of a third."""
