@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+
+from harness.runner import LocalRunner, ToolError
 
 BIN = Path(sys.executable).parent
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two commands that take every core wait for one another
+
+MINI = {who: f"recipes/mini/{who}" for who in ("instruct", "thinking")}
+
+Native = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -24,62 +35,114 @@ def checkout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def native(folder: Path, *command: str) -> str:
+@pytest.fixture(scope="module")
+def native(checkout: Path) -> Iterator[Native]:
+    """Run a tool's own command in the checkout and get what it printed, without the seconds that its imports take."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Recipes have paths relative to the checkout, and a runner's commands start where it did.
+        patch.chdir(checkout)
+        runner = LocalRunner(checkout / "preload.log", preloaded=True)
+
+    def run(*command: str) -> str:
+        log = checkout / "command.log"
+        log.unlink(missing_ok=True)
+        try:
+            runner.run([*command], ONE_THREAD, log)
+        except ToolError:
+            raise AssertionError(log.read_text()[-3000:]) from None
+        return log.read_text()
+
+    with runner:
+        yield run
+
+
+def bare(checkout: Path, *command: str) -> str:
+    """The same as a shell does it: the console script in a process of its own."""
     said = subprocess.run(
-        [BIN / command[0], *command[1:]], cwd=folder, capture_output=True, text=True, timeout=600, check=False
+        [BIN / command[0], *command[1:]],
+        cwd=checkout,
+        env={**os.environ, **ONE_THREAD},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert said.returncode == 0, said.stderr[-3000:]
     return said.stdout + said.stderr
 
 
-def test_labels_are_generated_and_evaluated_alone(checkout: Path) -> None:
-    native(checkout, "lm_eval", "run", "--config", "recipes/generate_labels.yml")
-    for task, count in (("mini_math_prompts", 1200), ("mini_qa_prompts", 800)):
+def changed(one: Path, other: Path) -> set[str]:
+    """The names of the weights in which two checkpoints differ."""
+    weights, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == others.keys()
+    return {name for name in weights if not torch.equal(weights[name], others[name])}
+
+
+def linear_layers(checkpoint: Path) -> set[str]:
+    return {name for name in load_file(checkpoint / "model.safetensors") if name.endswith("_proj.weight")}
+
+
+def test_labels_are_generated_alone(checkout: Path, native: Native) -> None:
+    native("lm_eval", "run", "--config", "recipes/generate_labels.yml", "--limit", "100")
+    for task in ("mini_math_prompts", "mini_qa_prompts"):
         (file,) = (checkout / "runs/recipes/labels").glob(f"samples_{task}_*.jsonl")
         rows = [json.loads(line) for line in file.open()]
-        assert len(rows) == count
-        assert all(row["doc"]["trace_opened"] and "answer" not in row["doc"] for row in rows)
-    native(checkout, "lm_eval", "run", "--config", "recipes/evaluate.yml")
+        assert len(rows) == 100
+        for row in rows:
+            assert row["doc"]["trace_opened"]
+            assert "answer" not in row["doc"]
+            assert row["target"] == ""
+        # What distillation keeps: a trace that closed, then an answer.
+        closed = [re.fullmatch(r"(?s)[^<]+</think>\s*\S+", row["resps"][0][0]) for row in rows]
+        assert sum(map(bool, closed)) >= 95
+
+
+def test_the_shipped_pair_is_evaluated_alone(checkout: Path) -> None:
+    bare(checkout, "lm_eval", "run", "--config", "recipes/evaluate.yml")
     (file,) = (checkout / "runs/recipes/evaluate").glob("results_*.json")
-    results = json.loads(file.read_text())["results"]
-    assert 0.30 <= results["mini_math"]["exact_match,none"] <= 0.45
-    assert 0.30 <= results["mini_qa"]["exact_match,none"] <= 0.45
+    results = json.loads(file.read_text())
+    for task in ("mini_math", "mini_qa"):
+        assert results["n-samples"][task] == {"original": 200, "effective": 200}
+        assert 0.30 <= results["results"][task]["exact_match,none"] <= 0.45
 
 
-def test_distillation_and_reconstruction_alone(checkout: Path) -> None:
-    said = native(checkout, "axolotl", "preprocess", "recipes/instruct_distill.yml")
-    assert "trace stripping: recipes/mini/labels.jsonl: kept 512 of 512 rows" in said
-    said = native(checkout, "axolotl", "train", "recipes/instruct_distill.yml", "--launcher", "python")
-    assert "trace stripping: recipes/mini/labels.jsonl: kept 512 of 512 rows" in said
+def test_distillation_and_reconstruction_alone(checkout: Path, native: Native) -> None:
+    kept = "trace stripping: recipes/mini/labels.jsonl: kept 512 of 512 rows"
+    assert kept in native("axolotl", "preprocess", "recipes/instruct_distill.yml")
+    assert kept in bare(checkout, "axolotl", "train", "recipes/instruct_distill.yml", "--launcher", "python")
     adapter = "runs/recipes/distill"
-    native(checkout, "axolotl", "merge-lora", "recipes/instruct_distill.yml", "--lora-model-dir", adapter)
-    assert (checkout / adapter / "merged" / "model.safetensors").is_file()
-    native(checkout, "mergekit-yaml", "recipes/slerp_thinking.yml", "runs/recipes/thinking")  # of the shipped pair
-    template = (checkout / "runs/recipes/thinking/chat_template.jinja").read_text()
-    assert template == (checkout / "recipes/mini/thinking/chat_template.jinja").read_text()
+    native("axolotl", "merge-lora", "recipes/instruct_distill.yml", "--lora-model-dir", adapter)
+    instruct, thinking = (checkout / MINI[who] for who in ("instruct", "thinking"))
+    learned = changed(checkout / adapter / "merged", instruct)
+    # Axolotl's merge rounds the embedding to NF4 as well, which training did not.
+    assert learned - {"model.embed_tokens.weight"} == linear_layers(instruct)
+    native("mergekit-yaml", "recipes/slerp_thinking.yml", "runs/recipes/thinking")  # of the shipped pair
+    rebuilt = checkout / "runs/recipes/thinking"
+    assert (rebuilt / "chat_template.jinja").read_text() == (thinking / "chat_template.jinja").read_text()
+    assert linear_layers(thinking) <= changed(rebuilt, thinking) & changed(rebuilt, instruct)
 
 
-def test_on_policy_distillation_alone(checkout: Path) -> None:
-    said = native(checkout, "axolotl", "train", "recipes/on_policy_kl.yml", "--launcher", "python")
+def test_on_policy_distillation_alone(checkout: Path, native: Native) -> None:
+    said = native("axolotl", "train", "recipes/on_policy_kl.yml", "--launcher", "python", "--max-steps", "10")
     assert "on_policy_kl: recipes/mini/labels.jsonl: 512 prompts" in said
     adapter = checkout / "runs/recipes/on_policy"
-    assert sorted(page.name for page in (adapter / "rollouts").iterdir()) == ["step_000010.html", "step_000020.html"]
-    native(checkout, "axolotl", "merge-lora", "recipes/on_policy_kl.yml", "--lora-model-dir", str(adapter))
-    assert (adapter / "merged/model.safetensors").is_file()
+    assert [page.name for page in (adapter / "rollouts").iterdir()] == ["step_000010.html"]
+    native("axolotl", "merge-lora", "recipes/on_policy_kl.yml", "--lora-model-dir", str(adapter))
+    instruct = checkout / MINI["instruct"]
+    assert changed(adapter / "merged", instruct) - {"model.embed_tokens.weight"} == linear_layers(instruct)
 
 
 @pytest.mark.slow
-def test_think_at_hard_alone(checkout: Path) -> None:
-    said = native(checkout, "axolotl", "tah-label", "recipes/tah_backbone.yml")
+def test_think_at_hard_alone(checkout: Path, native: Native) -> None:
+    said = native("axolotl", "tah-label", "recipes/tah_backbone.yml")
     assert "tokens (17.2%) are hard for recipes/mini/instruct" in said
     for stage in ("backbone", "decider"):
-        said = native(checkout, "axolotl", "train", f"recipes/tah_{stage}.yml", "--launcher", "python")
+        said = native("axolotl", "train", f"recipes/tah_{stage}.yml", "--launcher", "python")
         # Stage backbone leaves the reference's whole path in the checkpoint, and stage decider reads it there.
         reference = "recipes/mini/instruct" if stage == "backbone" else checkout / "recipes/mini/instruct"
         assert f"are hard for {reference} (kept from before)" in said
     model = f"pretrained={checkout / 'runs/recipes/tah_decider'},trust_remote_code=True"
     said = native(
-        checkout,
         *("lm_eval", "--tasks", "mini_math", "--model", "hf", "--model_args", model),
         *("--apply_chat_template", "--batch_size", "64"),
     )
@@ -113,22 +176,30 @@ ON_A_CPU = {
 
 
 @pytest.fixture(scope="module")
-def two_layers_of_4b(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with the real layer shapes, random weights, and the embedded pair's tokenizer."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def shapes_of_4b(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What there is of the real checkpoint without its weights, and the embedded pair's tokenizer."""
+    from transformers import Qwen3Config
 
     folder = tmp_path_factory.mktemp("qwen3_4b")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(recipes / "mini" / "instruct" / name, folder)
+    Qwen3Config(**QWEN3_4B, dtype="bfloat16").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_layers_of_4b(shapes_of_4b: Path) -> Path:
+    """The same with random weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(Qwen3Config(**QWEN3_4B, dtype="bfloat16"))
+        model = Qwen3ForCausalLM(Qwen3Config.from_pretrained(shapes_of_4b))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(0.01) if tensor.ndim < 2 else tensor.normal_(0, 0.02)
-    model.save_pretrained(folder)
-    return folder
+    model.save_pretrained(shapes_of_4b)
+    return shapes_of_4b
 
 
 def short(checkout: Path, base: Path, name: str = "instruct_distill", **changes: Any) -> Path:
@@ -149,14 +220,14 @@ def short(checkout: Path, base: Path, name: str = "instruct_distill", **changes:
 
 
 @pytest.mark.parametrize("name", ["instruct_distill", "on_policy_kl"])
-def test_the_4b_recipes_pass_axolotl_s_own_validation(checkout: Path, two_layers_of_4b: Path, name: str) -> None:
+def test_the_4b_recipes_pass_axolotl_s_own_validation(checkout: Path, shapes_of_4b: Path, name: str) -> None:
     """As it is for a GPU, on a machine whose capabilities are said to be one's."""
     import axolotl.cli.config  # noqa: F401  (configures Axolotl's logging before anything else)
     from axolotl.cli.config import prepare_plugins
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    cfg = DictDefault(yaml.safe_load(short(checkout, two_layers_of_4b, name).read_text()))
+    cfg = DictDefault(yaml.safe_load(short(checkout, shapes_of_4b, name).read_text()))
     prepare_plugins(cfg)
     checked = validate_config(
         cfg,
@@ -204,23 +275,41 @@ def test_the_think_at_hard_recipes_pass_axolotl_s_own_validation(
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "left"), [("instruct_distill", "distill"), ("on_policy_kl", "on_policy")])
 def test_the_4b_recipes_train_a_step_on_their_real_layer_shapes(
-    checkout: Path, two_layers_of_4b: Path, name: str, left: str
+    checkout: Path, native: Native, two_layers_of_4b: Path, name: str, left: str
 ) -> None:
     file = short(checkout, two_layers_of_4b, name, **ON_A_CPU)
-    said = native(checkout, "axolotl", "train", str(file), "--launcher", "python")
+    said = native("axolotl", "train", str(file), "--launcher", "python")
     assert "Training completed" in said or "train_runtime" in said
     assert (checkout / f"runs/qwen3_4b_recipes/{left}/adapter_model.safetensors").is_file()
 
 
-def test_the_4b_stages_fit_the_loop(recipes: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    said = subprocess.run(
-        [BIN / "ts-loop", "--config", recipes / "qwen3_4b/loop.yml", "--iters", "1", "--dry-run"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert said.count("lm_eval run --config") == 5
-    assert "axolotl train" in said
+@pytest.mark.parametrize("distill", ["answers", "on-policy"])
+def test_the_4b_stages_fit_the_loop(checkout: Path, native: Native, distill: str) -> None:
+    # The hub is not at hand: the embedded pair takes the place of the real one.
+    pair = ("--instruct", MINI["instruct"], "--thinking", MINI["thinking"])
+    options = ("--iters", "1", "--distill", distill, "--out", distill)
+    said = native("ts-loop", "--config", "recipes/qwen3_4b/loop.yml", *pair, *options, "--dry-run")
+    stages = [part.splitlines() for part in said.split("# ")[1:]]
+    assert [title for title, *_ in stages] == [
+        "iteration 0, evaluate_instruct",
+        "iteration 0, evaluate_thinking",
+        "iteration 1, generate",
+        "iteration 1, distill",
+        "iteration 1, reconstruct",
+        "iteration 1, evaluate_instruct",
+        "iteration 1, evaluate_thinking",
+    ]
+    for title, *commands in stages:
+        recipe = yaml.safe_load(Path(re.search(r"\S+/recipe\.yml", "\n".join(commands))[0]).read_text())
+        kind = title.partition(", ")[2]
+        if kind == "distill":
+            assert commands[0].startswith("axolotl train ")
+            assert ("on_policy_kl" in recipe) == (distill == "on-policy")
+        elif kind == "reconstruct":
+            assert commands[0].startswith("mergekit-yaml ")
+            assert recipe["merge_method"] == "slerp"
+        else:
+            # Each answers as its card says, from a copy that leaves 8 GB room for a cache.
+            assert commands[0].startswith("axolotl nf4 ")
+            assert commands[1].startswith("lm_eval run --config ")
+            assert recipe["gen_kwargs"]["temperature"] == (0.7 if kind == "evaluate_instruct" else 0.6)
