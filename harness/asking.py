@@ -29,7 +29,7 @@ UNFIT = {
     "samples": "--limit asks fewer questions",
 }
 PHASES = {
-    "Building contexts": "questions written out",
+    "": "questions written out",  # the bar has no name
     "Running generate_until": "questions answered",
     "Generating": "questions answered",
     "Loading": "weights loaded",

@@ -197,7 +197,9 @@ def check_pair(instruct: Path, thinking: Path) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     """The config of a checkpoint, of its backbone if it is a TaH one."""
-    config: dict[str, Any] = read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise LoopError(f"{folder / 'config.json'}: is no checkpoint's config; copy or download it again")
     return config["text_config"] if is_tah(folder) else config
 
 
@@ -206,7 +208,7 @@ def _backbone_shapes(folder: Path) -> dict[str, list[int]]:
     shapes = tensor_shapes(folder)
     if not is_tah(folder):
         return shapes
-    prefix, adapter = "backbone.", (".A", ".B")
+    prefix, adapter = "backbone.", (".lora_A", ".lora_B")
     return {
         name.removeprefix(prefix): shape
         for name, shape in shapes.items()
@@ -240,7 +242,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith(".")):
         try:
             with safe_open(file, framework="numpy") as weights:
                 shapes.update({name: weights.get_slice(name).get_shape() for name in weights.keys()})  # noqa: SIM118

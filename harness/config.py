@@ -7,6 +7,7 @@ recipe.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -19,8 +20,16 @@ from harness.errors import LoopError
 from harness.stages import Recipe
 
 OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whose option has another name
-NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # which YAML 1.1 takes for text: 1e-4
 LAUNCHERS = ("python", "accelerate", "torchrun")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class Recipes(BaseModel):
@@ -78,7 +87,11 @@ class LoopConfig(BaseModel):
     @field_validator("launcher")
     @classmethod
     def _known_launcher(cls, value: str) -> str:
-        if not value.split() or value.split()[0] not in LAUNCHERS:
+        try:
+            words = shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"cannot be read ({error})") from None
+        if not words or words[0] not in LAUNCHERS:
             raise ValueError(f"must begin with one of {', '.join(LAUNCHERS)}")
         return value
 
@@ -143,39 +156,50 @@ def load(path: Path, overrides: Mapping[str, Any], changes: Sequence[str] = ()) 
     Raises:
         LoopError: with the file and the field, if either has a wrong or unknown setting.
     """
-    settings = read_yaml(path)
-    here = path.resolve().parent
-    for key in ("instruct", "thinking"):
-        if isinstance(settings.get(key), str):
-            settings[key] = local_or_hub(settings[key], here)
+    settings = rooted(read_yaml(path), path.resolve().parent)
     written = settings.get("instruct"), settings.get("thinking")
-    if isinstance(settings.get("prompts"), list):
-        settings["prompts"] = [
-            str(here / p) if isinstance(p, str) and p.endswith(".jsonl") else p for p in settings["prompts"]
-        ]
-    if settings.get("include_path"):
-        settings["include_path"] = here / str(settings["include_path"])
-    if isinstance(settings.get("recipes"), dict):
-        settings["recipes"] = {key: here / str(value) for key, value in settings["recipes"].items()}
     for key in ("instruct", "thinking"):
         if overrides.get(key) is not None:
             overrides = {**overrides, key: local_or_hub(overrides[key], Path.cwd())}
     given = {key: value for key, value in overrides.items() if value is not None}
-    asked = dict(settings)
+    asked, changed = dict(settings), set()
     for place, value in map(assignment, changes):
         if place[0] not in Recipes.model_fields or len(place) == 1:
             put(asked, place, value)
+            changed.add(place[0])
+    asked |= rooted({key: asked[key] for key in changed}, Path.cwd())
     try:
         config = LoopConfig.model_validate({**asked, **given})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        source = f"--{OPTIONS.get(field, field)}" if field in given else f"{path}: {field}"
-        raise LoopError(f"{source}: {first['msg'].lower()} (got {first['input']!r})") from None
+        source = f"{path}: {field}"
+        if field in given:
+            source = f"--{OPTIONS.get(field, field)}"
+        elif first["loc"][0] in changed:
+            source = f"--set {field}"
+        raise LoopError(f"{source}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})") from None
     if config.prompts_file and len(config.prompts) > 1:
         raise LoopError(f"{path}: prompts: name either one .jsonl file or lm-eval tasks, not both")
     pair = (written[0], written[1]) if isinstance(written[0], str) and isinstance(written[1], str) else None
     return config.model_copy(update={"written_pair": pair})
+
+
+def rooted(settings: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Settings of loop.yml whose local paths are absolute, seen from a folder."""
+    found = dict(settings)
+    for key in ("instruct", "thinking"):
+        if isinstance(found.get(key), str):
+            found[key] = local_or_hub(found[key], base)
+    if isinstance(found.get("prompts"), list):
+        found["prompts"] = [
+            str(base / p) if isinstance(p, str) and p.endswith(".jsonl") else p for p in found["prompts"]
+        ]
+    if found.get("include_path"):
+        found["include_path"] = base / str(found["include_path"])
+    if isinstance(found.get("recipes"), dict):
+        found["recipes"] = {key: base / str(value) for key, value in found["recipes"].items()}
+    return found
 
 
 def read_recipes(config: LoopConfig, changes: Sequence[str] = ()) -> dict[str, Recipe]:
@@ -225,7 +249,7 @@ def assignment(text: str) -> tuple[list[str], Any]:
     if not equals or not all(names):
         raise LoopError(f"--set {text}: write KEY=VALUE, such as --set distill.learning_rate=1e-4")
     try:
-        parsed = float(value) if NUMBER.fullmatch(value.strip()) else yaml.safe_load(value)
+        parsed = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
         raise LoopError(f"--set {text}: the value is not valid YAML") from None
     return names, parsed
@@ -269,5 +293,5 @@ def located(value: Any, folder: Path) -> Any:
 
 def local_or_hub(name: str, base: Path) -> str:
     """An absolute path where `name` is a folder (seen from `base`), else `name` itself, taken as a hub id."""
-    folder = (base / name).expanduser()
+    folder = base / Path(name).expanduser()
     return str(folder.resolve()) if folder.is_dir() else name

@@ -25,10 +25,14 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
     `durable`: it is on the disk when this returns.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    if durable:
-        sync(beside)
-    os.replace(beside, path)
+    try:
+        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        if durable:
+            sync(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     if durable:
         sync(path.parent)
 
@@ -44,7 +48,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise LoopError(f"{path}: cannot be read ({error}); restore it, or start anew with another --name") from None
+        raise LoopError(f"{path}: cannot be read ({error}); restore or remove it") from None
 
 
 def sync(path: Path) -> None:

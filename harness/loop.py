@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -138,8 +138,11 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
     )
     checks.check_tasks(prompt_tasks, test_tasks)
 
-    def identify(text: str) -> str | None:
-        return known.path(Path(text)) if text.startswith("/") and Path(text).exists() else None
+    def identify(key: str, text: str) -> str | None:
+        path = Path(text)
+        if not path.is_absolute() or not (path.is_file() or (key == "path" and path.is_dir())):
+            return None  # a folder is data where a data set names it, and else a place to write to
+        return known.path(path)
 
     tah = frozenset(role for role, path in pair.items() if checks.is_tah(path))
     inputs = Inputs(
@@ -325,7 +328,7 @@ def go(run: Run, view: View, runner: LocalRunner | None = None) -> dict[str, Any
     settings = run.config.model_dump(mode="json")
     run.folder.note(asked=settings, steps=described(run), versions=versions())
     run.folder.unlink_others({(step.iteration, step.name) for step in run.steps})
-    published = Published(run, view)
+    published = Published(run, view, todo)
     view.begin(run, todo)
     published.look()
     if todo:
@@ -338,8 +341,8 @@ def go(run: Run, view: View, runner: LocalRunner | None = None) -> dict[str, Any
             free = schedule.slots(gpus(), run.config.jobs)
             work = partial(perform, run, runner, view)
             try:
-                for _ in schedule.run(todo, needs, free, work, run.folder.tick):
-                    published.look()
+                for key in schedule.run(todo, needs, free, work, run.folder.tick):
+                    published.look(key)
             except (KeyboardInterrupt, Stopped):
                 runner.stop()
                 raise
@@ -360,21 +363,22 @@ def start_runner(folder: RunDir) -> LocalRunner:
 class Published:
     """`results.json` and `report.html`, as far as the run is."""
 
-    def __init__(self, run: Run, view: View):
-        """Nothing is published yet."""
+    def __init__(self, run: Run, view: View, todo: Iterable[str]):
+        """Nothing is published yet; `todo` are the keys of stages still to do, whatever the store has of them."""
         self.run, self.view = run, view
+        self.todo = set(todo)
         self.rows: dict[str, list[outcomes.Row]] = {}  # by key
         self.seen: set[tuple[int, str]] = set()
 
-    def look(self) -> None:
-        """Link and publish every step that is done and was not so far."""
+    def look(self, ended: str = "") -> None:
+        """Link and publish every step that is done and was not so far; `ended` is the key of a stage that has ended."""
+        self.todo.discard(ended)
         new = False
         for step in self.run.steps:
-            place = step.iteration, step.name
-            if place not in self.seen and (record := self.run.record(step)):
+            place, key = (step.iteration, step.name), self.run.keys[step.stage]
+            if place not in self.seen and key not in self.todo and (record := self.run.record(step)):
                 self.seen.add(place)
                 new = True
-                key = self.run.keys[step.stage]
                 self.run.folder.link(step.iteration, step.name, self.run.store.folder(key))
                 self.view.finished(step, record, self.rows_of(step, record))
         if new:

@@ -106,7 +106,7 @@ def page(
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)} – ThinkSwitch</title>'
         f"<style>{STYLE}</style><h1>{html.escape(name)}</h1>"
-        f"<p>Accuracy by iteration: {legend}, with 95 % Wilson intervals. {clock(results['wall_s'])}{cost}.</p>"
+        f"<p>Accuracy by iteration: {legend}, with 95 % intervals. {clock(results['wall_s'])}{cost}.</p>"
         f'<div class="charts">{charts}</div><h2>Scores</h2>{_html_table(HEADS, [cells(r, rows) for r in ordered])}'
         f"{passes_part}<h2>Time by stage</h2>{_html_table(('stage', 'runs', 'wall s', 'CPU s', 'peak MiB'), times)}"
         f"<h2>Settings</h2><pre>{html.escape(_lines({**settings, **noted.get('versions', {})}))}</pre>"

@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
         prompt_tasks: lm-eval's tasks that ask the prompts.
         test_tasks: those that are scored.
         prompts: the user's own prompts, None where tasks bring theirs.
-        identify: what a local file that a recipe names is.
+        identify: what a local file that a recipe names, under a key, is; None for what is none.
     """
 
     recipes: Mapping[str, Recipe]
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
     prompt_tasks: list[Task]
     test_tasks: list[Task]
     prompts: list[dict[str, Any]] | None
-    identify: Callable[[str], str | None]
+    identify: Callable[[str, str], str | None]
 
 
 def plan(config: LoopConfig, inputs: Inputs, iterations: int) -> list[Step]:
@@ -92,16 +92,16 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int) -> Iterator[Step
         yield from tests(k)
 
 
-def pinned(stage: Stage, identify: Callable[[str], str | None]) -> Stage:
+def pinned(stage: Stage, identify: Callable[[str, str], str | None]) -> Stage:
     """A stage whose recipes' own local files (replay data, a chat template) are inputs too, known by what they hold."""
     found: dict[str, External] = {}
 
-    def walk(value: Any) -> Any:
+    def walk(value: Any, under: str = "") -> Any:
         if isinstance(value, dict):
-            return {key: walk(inner) for key, inner in value.items()}
+            return {key: walk(inner, str(key)) for key, inner in value.items()}
         if isinstance(value, list):
-            return [walk(inner) for inner in value]
-        if isinstance(value, str) and OWN not in value and (identity := identify(value)):
+            return [walk(inner, under) for inner in value]
+        if isinstance(value, str) and OWN not in value and (identity := identify(under, value)):
             name = next((n for n, source in found.items() if source.path == value), f"file_{len(found) + 1}")
             found[name] = External(value, identity)
             return slot(name)

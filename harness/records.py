@@ -116,12 +116,14 @@ def collect(out: Path, keep: str, dry_run: bool = False) -> list[tuple[str, int]
         LoopError: if a run's record cannot be read: what it refers to is not known then.
     """
     store = Store(out / "stages")
-    referred: dict[str, bool] = {}  # key -> whether it is of a run's last iteration
+    referred: dict[str, bool] = {}  # key -> whether its checkpoint may be needed whatever `keep` says
     for name in runs(out):
         steps = RunDir(out / name).noted()["steps"]
         last = max((step["iteration"] for step in steps), default=0)
+        working = any(store.busy(step["key"]) for step in steps)
         for step in steps:
-            referred[step["key"]] = referred.get(step["key"], False) or step["iteration"] == last
+            needed = working or (keep == "last" and step["iteration"] == last)
+            referred[step["key"]] = referred.get(step["key"], False) or needed
     gone = []
     for key in store.every():
         folder = store.folder(key)
@@ -133,7 +135,7 @@ def collect(out: Path, keep: str, dry_run: bool = False) -> list[tuple[str, int]
             gone.append((f"{key}: {'not referred to by any run' if key not in referred else 'never finished'}", size))
             continue
         inside = record["checkpoint"]
-        if inside and (keep == "adapters" or (keep == "last" and not referred[key])) and (folder / inside).is_dir():
+        if inside and keep != "all" and not referred[key] and (folder / inside).is_dir():
             size = sum(p.stat().st_size for p in below(folder / inside)) if dry_run else store.prune(key, inside)
             gone.append((f"{key}/{inside}", size))
     return gone

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,10 @@ class RunDir:
         Raises:
             LoopError: if it cannot be read, or is of a version whose stages lay elsewhere.
         """
-        noted: dict[str, Any] = read_json(self.root / "run.json") or {}
-        if noted and "steps" not in noted:
+        noted: dict[str, Any] | None = read_json(self.root / "run.json")
+        if noted is None:
+            return {}
+        if not isinstance(noted, dict) or "steps" not in noted:
             raise LoopError(
                 f"{self.root} was made by an earlier version, whose stages lay in the run itself\n"
                 "give this run another --name"
@@ -67,10 +69,13 @@ class RunDir:
 
     def note(self, **facts: Any) -> None:
         """Add facts to `run.json`."""
+        self._change(lambda noted: {**noted, **facts})
+
+    def _change(self, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / ".run.lock"):
-                write_json(self.root / "run.json", {"steps": [], **self.noted(), **facts})
+                write_json(self.root / "run.json", {"steps": [], **changed(self.noted())})
 
     def begin(self) -> None:
         """Work begins: from here on time counts."""
@@ -83,7 +88,7 @@ class RunDir:
             return
         self._beat = time.monotonic() + BEAT_S
         lasted = round(time.monotonic() - self._begun, 3)
-        self.note(sittings={**self.noted().get("sittings", {}), self._sitting: lasted})
+        self._change(lambda noted: {**noted, "sittings": {**noted.get("sittings", {}), self._sitting: lasted}})
 
     def wall_s(self) -> float:
         """Wall seconds of all sittings in which this run did something."""
@@ -97,7 +102,8 @@ class RunDir:
     def unlink_others(self, kept: set[tuple[int, str]]) -> None:
         """Drop the links of steps that this run no longer has."""
         for place in self.root.glob("iter_*/*"):
-            if place.is_symlink() and (int(place.parent.name.removeprefix("iter_")), place.name) not in kept:
+            number = place.parent.name.removeprefix("iter_")
+            if place.is_symlink() and number.isdecimal() and (int(number), place.name) not in kept:
                 place.unlink()
                 if not any(place.parent.iterdir()):
                     place.parent.rmdir()

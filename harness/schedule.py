@@ -97,16 +97,19 @@ def run(
     not_before: dict[str, float] = {}
     running: dict[Future[bool], tuple[str, list[Slot]]] = {}
     failed: LoopError | None = None
-    with ThreadPoolExecutor(len(every)) as pool:
+    pool = ThreadPoolExecutor(len(every))
+    try:
         while (sorter.is_active() and not failed) or running:
             ready = sorted([*ready, *sorter.get_ready()], key=lambda key: -depth[key])
+            awaited: set[str] = set()  # devices that a wide stage waits for: narrow ones would keep it waiting for ever
             for key in [] if failed else list(ready):
-                if not_before.get(key, 0.0) > time.monotonic():
+                device = device_for(stages[key], every)
+                if device in awaited or not_before.get(key, 0.0) > time.monotonic():
                     continue
                 taken = fitting(stages[key], idle, every)
                 if not taken:
                     if stages[key].wide:
-                        break  # else narrow ones would keep it waiting for ever
+                        awaited.add(device)
                     continue
                 idle = [slot for slot in idle if slot not in taken]
                 ready.remove(key)
@@ -129,14 +132,20 @@ def run(
                         ready.append(key)
                 except LoopError as error:
                     failed = failed or error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # `with` would wait for what whoever leaves early is to end
     if failed:
         raise failed
 
 
+def device_for(stage: Stage, every: Sequence[Slot]) -> str:
+    """Whether a stage runs on "gpu" or "cpu" slots."""
+    return "gpu" if stage.device == "gpu" and any(slot.device == "gpu" for slot in every) else "cpu"
+
+
 def fitting(stage: Stage, idle: Sequence[Slot], every: Sequence[Slot]) -> list[Slot]:
     """The idle slots that a stage would take, none if it has to wait."""
-    on_gpu = stage.device == "gpu" and any(slot.device == "gpu" for slot in every)
-    wanted = "gpu" if on_gpu else "cpu"
+    wanted = device_for(stage, every)
     mine = [slot for slot in idle if slot.device == wanted]
     if not stage.wide:
         return mine[:1]

@@ -35,6 +35,10 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
         return min(mean, float(found.low)), max(mean, float(found.high))
     if n == 1:
         return 0.0, 1.0
+    if min(scores) == max(scores):  # alike by chance: Wilson's, as if each were right or wrong
+        z = float(stats.norm.ppf((1 + LEVEL) / 2))
+        centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
     error = float(stats.sem(scores))
     half = error * float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
     return max(0.0, mean - half), min(1.0, mean + half)

@@ -139,7 +139,7 @@ class Store:
             for path in below(folder):
                 outputs[str(path.relative_to(folder))] = (path.stat().st_size, digest(path))
                 sync(path)
-            for inner in {path.parent for path in below(folder)}:
+            for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
                 sync(inner)
             sync(self.root)
             write_json(folder / MARKER, {"key": key, **facts, "outputs": outputs}, durable=True)
@@ -224,7 +224,7 @@ class Known:
 
 def loaded(folder: Path) -> list[Path]:
     """The files of a checkpoint that a loader reads."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     return [path for path in files if any(fnmatch.fnmatch(path.name, like) for like in READ)]
 
 

@@ -102,7 +102,7 @@ class View:
         else:
             self.say(f"new run in {root}")
         if self.console.is_terminal and todo and not self.quiet:
-            self.live = Live(self._picture(), console=self.console, refresh_per_second=4, transient=True)
+            self.live = Live(get_renderable=self._picture, console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
 
     def preloading(self, preloaded: bool) -> None:
@@ -127,7 +127,8 @@ class View:
 
     def progress(self, key: str, stage: Stage, now: runner.Progress) -> None:
         """The progress bar of the command that a stage runs has moved."""
-        phase = next((said for begin, said in stage.kind.phases.items() if now.phase.startswith(begin)), now.phase)
+        called = [said for begin, said in stage.kind.phases.items() if begin and now.phase.startswith(begin)]
+        phase = called[0] if called else now.phase or stage.kind.phases.get("", "")
         with self.lock:
             if key in self.running:
                 self.bar.update(self.running[key], completed=now.done, total=now.total, phase=phase)
@@ -205,7 +206,7 @@ class View:
 
     def _refresh(self) -> None:
         if self.live:
-            self.live.update(self._picture())
+            self.live.refresh()
 
 
 def _name(step: Step) -> str:

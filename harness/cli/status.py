@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from harness.errors import LoopError
+
 OUT = click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where the runs are."
 )
@@ -23,7 +25,14 @@ def command(name: str | None, out: Path, as_json: bool) -> None:
 
     from harness.records import read_run, runs
 
-    found = [read_run(out, each) for each in ([name] if name else runs(out))]
+    found = []
+    for each in [name] if name else runs(out):
+        try:
+            found.append(read_run(out, each))
+        except LoopError as error:
+            if name:
+                raise
+            click.echo(f"ts-loop: {error}", err=True)  # the others can be read
     if as_json:
         click.echo(json.dumps([run.as_json() for run in found], indent=2))
         return

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ Recipe = dict[str, Any]
 Facts = dict[str, Any]
 
 OWN = "<<stage>>"
+STAND_IN = re.compile(r"<<(\w+)>>")
 KEY_HEX = 20  # of SHA-256: 80 bits, of which no two works of one store share all
 
 
@@ -163,9 +165,7 @@ class Keys:
 def placed(value: Any, paths: Mapping[str, str]) -> Any:
     """A recipe, command or text with the stand-ins replaced by paths, by name (`stage` is the stage's own folder)."""
     if isinstance(value, str):
-        for name, path in paths.items():
-            value = value.replace(slot(name), path)
-        return value
+        return STAND_IN.sub(lambda found: paths.get(found[1], found[0]), value)
     if isinstance(value, dict):
         return {key: placed(inner, paths) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -188,7 +188,8 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         return lines
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{name}.{i}")]
-    return [] if old == new else [f"{name} {_short(old)} → {_short(new)}"]
+    # As keys see them: 1, 1.0 and true are three.
+    return [] if (type(old), old) == (type(new), new) else [f"{name} {_short(old)} → {_short(new)}"]
 
 
 def _short(value: Any) -> str:

@@ -29,7 +29,7 @@ PHASES = {
     "Saving": "rows saved",
     "Add position_id": "rows laid out",
     "Loading": "weights loaded",
-    "Merging": "layers merged",
+    "Merging": "shards merged",
     "": "steps trained",
 }
 SAID = {"trace_stripping": trace_stripping.sentence, "on_policy_kl": on_policy_kl.sentence}  # by a plugin's facts file

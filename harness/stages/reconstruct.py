@@ -14,8 +14,8 @@ from harness.stages import OWN, Kind, Recipe, Source, Stage, slot
 
 CHECKPOINT = "thinking"
 TOOLS = ("mergekit", "torch", "transformers")
-PHASES = {"Warmup": "files read", "Executing": "tensors merged"}
-HAS_T = ("slerp", "nuslerp", "multislerp")
+PHASES = {"Warmup": "models read", "Executing": "steps of the merge"}
+HAS_T = ("slerp",)
 
 
 def build(
@@ -38,13 +38,21 @@ def build(
     stand_ins = _stand_ins(recipe, written)
     resolved: Recipe = _replaced(copy.deepcopy(recipe), stand_ins)
     if t is not None:
-        own = resolved.get("parameters", {}).get("t", 0.0)
-        if recipe.get("merge_method") not in HAS_T or not isinstance(own, int | float):
+        further = {key: value for key, value in resolved.items() if key != "parameters"}
+        own = (resolved.get("parameters") or {}).get("t", 0.0)
+        if recipe.get("merge_method") not in HAS_T or not isinstance(own, int | float) or _sets_t(further):
             what = "a t of its own for each part" if recipe.get("merge_method") in HAS_T else "no t"
             raise LoopError(f"--t {t:g}: the reconstruct recipe has {what}; change it there, or leave --t (and t:) out")
         resolved["parameters"] = {**resolved.get("parameters", {}), "t": t}
     command = ("mergekit-yaml", f"{OWN}/{RECIPE}", f"{OWN}/{CHECKPOINT}")
     return Stage(KIND, {RECIPE: resolved}, (command,), {"anchor": anchor, "instruct": instruct}, device="cpu")
+
+
+def _sets_t(value: Any) -> bool:
+    """Whether a part of a recipe has a `t` of its own, which mergekit takes before the whole recipe's."""
+    if isinstance(value, dict):
+        return "t" in (value.get("parameters") or {}) or any(map(_sets_t, value.values()))
+    return isinstance(value, list) and any(map(_sets_t, value))
 
 
 def _names(value: Any) -> list[str]:

@@ -76,7 +76,7 @@ def inputs_for(config: LoopConfig, **changes: Any) -> Inputs:
         prompt_tasks=[task(name, conversations=True) for name in config.prompt_tasks],
         test_tasks=[task(name) for name in config.tasks],
         prompts=None,
-        identify=lambda text: None,
+        identify=lambda key, text: None,
     )._replace(**changes)
 
 

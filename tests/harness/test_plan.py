@@ -240,10 +240,10 @@ def test_on_policy_takes_the_place_of_distillation_with_this_iteration_s_teacher
 
 
 @pytest.fixture
-def identify(tmp_path: Path) -> Callable[[str], str | None]:
+def identify(tmp_path: Path) -> Callable[[str, str], str | None]:
     """What a local file is, by its content; read anew each time."""
 
-    def identity(text: str) -> str | None:
+    def identity(key: str, text: str) -> str | None:
         known = Known(tmp_path / "known.json")
         return known.path(Path(text)) if text.startswith("/") and Path(text).exists() else None
 
@@ -256,14 +256,14 @@ def with_replay(path: Path) -> Any:
 
 
 def test_a_file_that_a_recipe_names_is_known_by_what_it_holds(
-    tmp_path: Path, identify: Callable[[str], str | None]
+    tmp_path: Path, identify: Callable[[str, str], str | None]
 ) -> None:
     keys = Keys(VERSIONS)
     file, moved = tmp_path / "replay.jsonl", tmp_path / "elsewhere.jsonl"
     file.write_text('{"messages": []}\n')
     stage = pinned(with_replay(file), identify)
     name, source = next(iter(stage.inputs.items()))
-    assert source == External(str(file), identify(str(file)) or "")
+    assert source == External(str(file), identify("path", str(file)) or "")
     assert len(stage.inputs) == 1  # however often it is named
     datasets = stage.recipes["recipe.yml"]["datasets"]
     assert [entry["path"] for entry in datasets] == ["<<labels>>", f"<<{name}>>", f"<<{name}>>"]
@@ -276,7 +276,7 @@ def test_a_file_that_a_recipe_names_is_known_by_what_it_holds(
 
 
 def test_a_folder_that_a_recipe_names_is_known_by_all_that_is_in_it(
-    tmp_path: Path, identify: Callable[[str], str | None]
+    tmp_path: Path, identify: Callable[[str, str], str | None]
 ) -> None:
     keys = Keys(VERSIONS)
     (tmp_path / "data/deep").mkdir(parents=True)
@@ -288,7 +288,9 @@ def test_a_folder_that_a_recipe_names_is_known_by_all_that_is_in_it(
     assert keys[pinned(with_replay(tmp_path / "moved"), identify)] != before
 
 
-def test_two_files_that_change_places_are_another_stage(tmp_path: Path, identify: Callable[[str], str | None]) -> None:
+def test_two_files_that_change_places_are_another_stage(
+    tmp_path: Path, identify: Callable[[str, str], str | None]
+) -> None:
     keys = Keys(VERSIONS)
     for name in "ab":
         (tmp_path / name).write_text(name)
@@ -299,13 +301,13 @@ def test_two_files_that_change_places_are_another_stage(tmp_path: Path, identify
     assert keys[ours] != keys[theirs]
 
 
-def test_a_stage_that_names_no_file_stays_as_it_is(identify: Callable[[str], str | None]) -> None:
+def test_a_stage_that_names_no_file_stays_as_it_is(identify: Callable[[str, str], str | None]) -> None:
     stage = toy("x", recipes={"r": {"a": "<<stage>>/out", "b": "owner/name", "c": "/no/such/file", "d": [1, None]}})
     assert pinned(stage, identify) is stage
 
 
 def test_what_a_recipe_in_the_user_s_folder_names_beside_it_is_found_from_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, identify: Callable[[str], str | None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, identify: Callable[[str, str], str | None]
 ) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()

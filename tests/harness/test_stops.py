@@ -28,7 +28,7 @@ def started(config: Path, out: Path, tag: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
         env={**os.environ, TAG: tag},
-        # a job in the background ignores it
+        # A job in the background ignores it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import subprocess
@@ -12,15 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
+from small import TS_LOOP, prepared, run_here
 
-from harness import checks, cli, report, scores, stages
+from harness import checks, cli, loop, page, view
+from harness.cli import think_map
 from harness.config import load, recipes_folder
 from harness.errors import LoopError
-from harness.loop import check, plan, read_recipes
-from harness.rundir import RunDir
+from harness.runner import LocalRunner
 
-TS_LOOP = str(Path(sys.executable).with_name("ts-loop"))
 FIELDS = ["mean_depth", "skip_rate", "flops_per_token", "flops_per_token_single", "flops_per_token_always"]
 
 
@@ -66,82 +64,57 @@ def ts_loop(*options: object, timeout: float = 120) -> subprocess.CompletedProce
 
 
 def test_the_loop_evaluates_one_at_iteration_0_and_counts_its_passes_once(
-    made: Path, recipes: Path, tmp_path: Path
+    made: Path, recipes: Path, tmp_path: Path, runner: LocalRunner
 ) -> None:
-    written = {**yaml.safe_load((recipes / "evaluate.yml").read_text()), "limit": 12}
-    (tmp_path / "evaluate.yml").write_text(yaml.safe_dump(written))
-    loop = yaml.safe_load((recipes / "loop.yml").read_text())
-    others = {name: str(recipes / file) for name, file in loop["recipes"].items() if name != "evaluate"}
-    settings = {
-        **loop,
-        "name": "tah",
-        "instruct": str(made),
-        "thinking": str(recipes / "mini/thinking"),
-        "tasks": ["mini_math"],
-        "recipes": {**others, "evaluate": "evaluate.yml"},
-    }
-    (tmp_path / "loop.yml").write_text(yaml.safe_dump(settings))
-    options = ["--config", tmp_path / "loop.yml", "--out", tmp_path / "runs", "--iters", 0]
-    said = ts_loop(*options)
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert said.stderr == ""
-    assert "mean depth" in said.stdout
-    run = tmp_path / "runs" / "tah"
-    rows = {row["checkpoint"]: row for row in json.loads((run / "results.json").read_text())["rows"]}
+    asked = {"instruct": str(made), "tasks": ["mini_math"], "name": "tah", "limit": 12, "iterations": 0}
+    ran = run_here(recipes / "loop.yml", tmp_path / "runs", runner, **asked)
+    assert "mean depth" in ran.said
+    rows = {row["checkpoint"]: row for row in ran.results["rows"]}
     assert set(rows["thinking"]) == set(rows["instruct"]) - set(FIELDS)
     tah = rows["instruct"]
     assert tah["n"] == 12
     assert 1 < tah["mean_depth"] < 2
     assert tah["mean_depth"] == pytest.approx(2 - tah["skip_rate"])
     assert tah["flops_per_token_single"] < tah["flops_per_token"] < tah["flops_per_token_always"]
-    page = (run / "report.html").read_text()
-    assert f"<td>{tah['mean_depth']:.3f}</td>" in page
-    resolved = {who: yaml.safe_load((run / f"iter_00/evaluate/{who}.yml").read_text()) for who in rows}
+    assert f"<td>{tah['mean_depth']:.3f}</td>" in (ran.folder / "report.html").read_text()
+    resolved = {who: yaml.safe_load((ran.folder / f"iter_00/evaluate_{who}/recipe.yml").read_text()) for who in rows}
     assert resolved["instruct"]["model_args"]["trust_remote_code"] is True
     assert "trust_remote_code" not in resolved["thinking"]["model_args"]
-
-    stage = run / "iter_00/evaluate/stage.json"
-    facts = json.loads(stage.read_text())
-    assert facts["rows"] == list(rows.values())
-    before = (stage.stat().st_mtime_ns, stage.read_bytes())
-    again = ts_loop(*options)
-    assert "1 of 1 stages are done" in again.stdout
-    assert "counted" not in again.stdout
-    assert (stage.stat().st_mtime_ns, stage.read_bytes()) == before
+    again = run_here(recipes / "loop.yml", tmp_path / "runs", runner, **asked)
+    assert "2 of 2 stages are done" in again.said
+    assert again.results == ran.results
+    assert again.made() == ran.made()
 
 
 def asked(checkpoint: Path, **changes: Any) -> Any:
     return load(recipes_folder() / "loop.yml", {"instruct": str(checkpoint), "iterations": 0, **changes})
 
 
-def test_only_a_tah_checkpoint_s_code_is_trusted(made: Path, tmp_path: Path) -> None:
-    for instruct, trusted in ((made, [True, None]), (recipes_folder() / "mini/instruct", [None, None])):
-        config = asked(instruct)
-        (stage,) = plan(config, read_recipes(config), RunDir(tmp_path))
-        assert [stage.recipes[f"{who}.yml"]["model_args"].get("trust_remote_code") for who in stage.inputs] == trusted
-    recipe: dict[str, Any] = {"model": "hf"}
-    assert stages.trusting(recipe)["model_args"] == {"trust_remote_code": True}
-    assert recipe == {"model": "hf"}
+def test_only_a_tah_checkpoint_s_code_is_trusted(made: Path, recipes: Path, tmp_path: Path) -> None:
+    for instruct, trusted in ((made, [True, None]), (recipes / "mini/instruct", [None, None])):
+        run = prepared(recipes / "loop.yml", tmp_path / "runs", instruct=str(instruct), iterations=0)
+        recipe = [step.stage.recipes["recipe.yml"] for step in run.steps]
+        assert [resolved["model_args"].get("trust_remote_code") for resolved in recipe] == trusted
 
 
 def test_what_cannot_be_done_with_one_is_a_line_before_any_stage(made: Path, tmp_path: Path) -> None:
     said = ts_loop("--iters", 1, "--instruct", made, "--out", tmp_path / "runs")
-    assert said.returncode == 1
+    assert said.returncode == 2
     assert said.stderr == (
         f"ts-loop: --instruct {made}: a TaH checkpoint cannot be distilled or merged; evaluate it by --iters 0\n"
     )
     assert not (tmp_path / "runs").exists()
     with pytest.raises(LoopError, match="cannot be put in NF4"):
-        check(asked(made, nf4=True), RunDir(tmp_path / "runs"))
+        loop.check_pair(asked(made, nf4=True))
     pair = {"instruct": str(recipes_folder() / "mini/instruct"), "thinking": str(made)}
     with pytest.raises(LoopError, match=r"--thinking .* cannot be distilled"):
-        check(load(recipes_folder() / "loop.yml", pair), RunDir(tmp_path / "runs"))
+        loop.check_pair(load(recipes_folder() / "loop.yml", pair))
 
 
-def test_its_backbone_must_fit_the_other_of_the_pair(checkpoint: Path, recipes: Path, tmp_path: Path) -> None:
+def test_its_backbone_must_fit_the_other_of_the_pair(checkpoint: Path, recipes: Path) -> None:
     thinking = recipes / "mini/thinking"
     checks.check_pair(checkpoint, thinking)
-    assert check(asked(checkpoint), RunDir(tmp_path / "runs")).instruct == str(checkpoint)
+    assert loop.check_pair(asked(checkpoint))[0]["instruct"] == checkpoint
     config = json.loads((checkpoint / "config.json").read_text())
     config["text_config"]["hidden_size"] = 64
     (checkpoint / "config.json").write_text(json.dumps(config))
@@ -178,36 +151,16 @@ def test_code_on_the_hub_is_never_trusted(checkpoint: Path) -> None:
         checks.check_tah(checkpoint, "instruct")
 
 
-def test_passes_are_counted_under_the_recipe_s_own_settings(made: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "instruct"
-    folder.mkdir()
-    (folder / "results_2026-01-01T00-00-00.json").write_text(json.dumps({"configs": {"sums": {}, "empty": {}}}))
-    for task, answer in (("sums", "\\boxed{78}"), ("empty", "")):
-        prompt = "<|im_start|>user\nCompute 24+26+28.<|im_end|>\n<|im_start|>assistant\n"
-        row = {"doc": {}, "arguments": {"gen_args_0": {"arg_0": prompt}}, "resps": [[answer]], "filter": "none"}
-        (folder / f"samples_{task}_2026-01-01T00-00-00.jsonl").write_text(json.dumps(row) + "\n")
-    recipe = {"model": "hf", "model_args": {"pretrained": str(made), "decider": "always"}, "device": "cpu"}
-    scores.count_passes(recipe, str(folder), str(tmp_path / "passes.json"))
-    counted = json.loads((tmp_path / "passes.json").read_text())
-    assert list(counted["sums"]) == list(counted["empty"]) == FIELDS
-    assert (counted["sums"]["mean_depth"], counted["sums"]["skip_rate"]) == (2, 0)
-    assert counted["sums"]["flops_per_token"] == counted["sums"]["flops_per_token_always"]
-    assert set(counted["empty"].values()) == {None}
-
-
 def test_the_report_sets_the_price_beside_its_two_ends() -> None:
     scored = {"iteration": 0, "checkpoint": "instruct", "task": "a", "correct": 1, "n": 2, "accuracy": 0.5}
     scored |= {"ci95": [0.1, 0.9], "tokens_per_answer": 3.0, "closed_traces": 0.0}
     price = dict(zip(FIELDS, (1.0625, 0.9375, 1.5e9, 1.2e9, 3.0e9), strict=True))
     rows = [{**scored, **price}, {**scored, "checkpoint": "thinking"}, {**scored, **dict.fromkeys(FIELDS), "task": "b"}]
     expected = ["0", "instruct", "a", "1.062", "93.8%", "1,500.00", "1.25", "0.50"]
-    assert report.pass_cells(rows) == [expected]
+    assert view.pass_cells(rows) == [expected]
     results = {"rows": rows, "wall_s": 1.0, "cost_usd": None}
-    assert "MFLOPs" in report.page("x", rows, [], results, {})
-    assert "MFLOPs" not in report.page("x", rows[1:2], [], results, {})
-    console = Console(file=io.StringIO(), width=140)
-    report.View(console).end(rows, [], RunDir(Path("somewhere")))
-    assert "1,500.00" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "MFLOPs" in page.page("x", rows, [], results, {})
+    assert "MFLOPs" not in page.page("x", rows[1:2], [], results, {})
 
 
 # --- looked at ---
@@ -229,7 +182,7 @@ def test_think_map_prints_the_answer_and_writes_the_page(made: Path, tmp_path: P
 
 def here(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
     """The command in this process, where torch is loaded already; its exit code."""
-    monkeypatch.setattr(cli, "quiet", lambda: None)
+    monkeypatch.setattr(think_map, "quiet", lambda: None)
     monkeypatch.setattr(sys, "argv", ["ts-loop", *map(str, options)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -267,7 +220,7 @@ def test_think_map_says_in_a_line_what_is_wrong(
     (tmp_path / "empty").mkdir()
     named = {"PLAIN": recipes / "mini/instruct", "TAH": checkpoint, "UNTRAINED": untrained, "EMPTY": tmp_path / "empty"}
     said = ts_loop("think-map", *(named.get(option, option) for option in options))
-    assert (said.returncode, said.stdout) == (1, "")
+    assert (said.returncode, said.stdout) == (2, "")
     assert said.stderr.startswith("ts-loop: ")
     assert says in said.stderr
     assert len(said.stderr.splitlines()) == 1
@@ -278,7 +231,7 @@ def test_think_map_of_broken_weights_is_a_line(
 ) -> None:
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert here(monkeypatch, "think-map", checkpoint, "--prompt", "x") == 1
+    assert here(monkeypatch, "think-map", checkpoint, "--prompt", "x") == 2
     assert f"ts-loop: {checkpoint}: tah: the weights are not whole" in capsys.readouterr().err
 
 
