@@ -68,9 +68,7 @@ def recipe(recipes: Path, tmp_path: Path) -> Recipe:
 def train(recipe: Recipe) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`axolotl train` on such a recipe, in one process or by torchrun in several."""
 
-    def run(
-        name: str = "on_policy", processes: int = 1, ok: bool = True, **changes: Any
-    ) -> subprocess.CompletedProcess[str]:
+    def run(name: str = "on_policy", processes: int = 1, **changes: Any) -> subprocess.CompletedProcess[str]:
         launcher = ["torchrun", "--", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
         said = subprocess.run(
             [Path(sys.executable).with_name("axolotl"), "train", recipe(name, **changes), "--launcher", *launcher],
@@ -81,11 +79,10 @@ def train(recipe: Recipe) -> Callable[..., subprocess.CompletedProcess[str]]:
                 **os.environ,
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 "ACCELERATE_USE_CPU": "true",
-                "OMP_NUM_THREADS": "1",
             },
             check=False,
         )
-        assert (said.returncode == 0) == ok, (said.stdout + said.stderr)[-4000:]
+        assert said.returncode == 0, (said.stdout + said.stderr)[-4000:]
         return said
 
     return run
