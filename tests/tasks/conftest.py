@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import made_hub
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -19,6 +20,9 @@ TASKS = Path(__file__).resolve().parents[2] / "tasks"
 REAL_HUB = TASKS.parents[1] / "shared" / "data" / "hub"
 # Third-party questions are no part of the repository: where they lie beside the checkout, more can be checked.
 collect_ignore = [] if REAL_HUB.is_dir() else ["test_real_rows.py"]
+
+settings.register_profile("shared machine", deadline=None)  # which may pause for a second in the middle of an example
+settings.load_profile("shared machine")
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
