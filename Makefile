@@ -1,5 +1,5 @@
 # make loop    a virtual environment, the stack, then the whole loop on the embedded pair
-# make test    the same environment, then lint, types and tests (under 20 minutes on 2 cores)
+# make test    the same environment, then lint, types and tests (6 minutes on 2 cores; test-all has the long ones)
 # make mini    train the embedded pair again from random weights (about half an hour on 2 cores)
 
 PYTHON ?= python3
@@ -16,10 +16,10 @@ loop: $(VENV)/installed
 	$(BIN)/ts-loop --iters 3
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ QUIET = {
 }
 BAR = re.compile(rb"([^\r\n|]*?):?[ \t]*\d+%\|[^|]*\|\s*([\d.]+[kMG]?)/([\d.]+[kMG]?) \[")
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
+RAISED = re.compile(r"(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception)\b: .*)")
 NOISE = re.compile(r"^\s|^Traceback|^\s*$|it/s|s/it|━|╭|╰|│|\bWARNING\b|\bDEBUG\b|Warning:")
 # Not `-m harness.keeper`: what a command is named, and what its own children import, follows from the main module.
 START = "from harness.keeper import main; main()"
@@ -320,7 +321,7 @@ def _count(text: bytes) -> int:
 
 
 def last_words(log: Path, start: int = 0) -> list[str]:
-    """The last line of a log that says something, if any: no progress bars, no frames of a traceback."""
+    """The line of a log that says why, if any: the last exception's, or else the last that is no noise."""
     try:
         with log.open("rb") as file:
             file.seek(max(start, log.stat().st_size - 65536))
@@ -328,7 +329,8 @@ def last_words(log: Path, start: int = 0) -> list[str]:
     except OSError:
         return []
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if not NOISE.search(line)]
-    return lines[-1:]
+    raised = [found[1] for line in lines if (found := RAISED.match(line)) and "ChildFailedError" not in line]
+    return raised[-1:] or lines[-1:]
 
 
 def obituary(title: str, code: int | None, log: Path, start: int) -> str:

@@ -52,7 +52,8 @@ def slots(gpus: Sequence[str], jobs: int) -> list[Slot]:
     threads = str(max(1, (os.cpu_count() or 1) // (len(gpus) + count)))
     base = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     on_gpu = [Slot(f"gpu:{i}", {**base, "CUDA_VISIBLE_DEVICES": name}) for i, name in enumerate(gpus)]
-    without = {"CUDA_VISIBLE_DEVICES": ""} if gpus else {}
+    # Without a GPU several processes of one training (torchrun) must be told that they are to meet on the CPU.
+    without = {"CUDA_VISIBLE_DEVICES": ""} if gpus else {"ACCELERATE_USE_CPU": "true"}
     return on_gpu + [Slot(f"cpu:{i}", {**base, **without}) for i in range(count)]
 
 

@@ -299,6 +299,19 @@ def test_a_recipe_without_an_adapter_trains_the_whole_checkpoint(
     assert len(ran.results["rows"]) == 4
 
 
+@pytest.mark.slow
+def test_a_launcher_is_passed_through_and_its_processes_are_counted(
+    copied: tuple[Path, Path], runner: LocalRunner
+) -> None:
+    out, config = copied
+    ran = run_here(config, out, runner, ("launcher=torchrun --nproc_per_node=2",), name="two_processes")
+    stage = json.loads((ran.folder / "iter_01/distill/stage.json").read_text())
+    assert stage["commands"][0][-4:] == ["--launcher", "torchrun", "--", "--nproc_per_node=2"]
+    assert stage["environment"]["OMP_NUM_THREADS"] == str(os.cpu_count())
+    assert stage["peak_memory_mb"] > 800  # of both
+    assert len(ran.results["rows"]) == 4
+
+
 def test_a_failed_stage_ends_the_run_and_costs_nothing_already_done(
     copied: tuple[Path, Path], runner: LocalRunner
 ) -> None:

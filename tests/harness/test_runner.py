@@ -276,6 +276,14 @@ def test_last_words_skip_the_noise(tmp_path: Path) -> None:
         "  7%|7    | 7/100 [00:01<00:30, 3.0it/s]\r\n"
     )
     assert runner.last_words(log) == ["ValueError: sequence_len must be positive"]
+    log.write_text(
+        "[rank1]: RuntimeError: out of it\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+        "====\ntrain.py FAILED\n  error_file: <N/A>\n====\n"
+    )
+    assert runner.last_words(log) == ["RuntimeError: out of it"]
+    log.write_text("Error: No such option\n")
+    assert runner.last_words(log) == ["Error: No such option"]
     assert runner.last_words(tmp_path / "none") == []
 
 

@@ -98,7 +98,10 @@ def test_a_cpu_is_shared_by_as_many_jobs_as_were_asked_for(monkeypatch: pytest.M
     found = slots([], 3)
     assert [slot.name for slot in found] == ["cpu:0", "cpu:1", "cpu:2"]
     assert [slot.device for slot in found] == ["cpu"] * 3
-    assert all(slot.environment == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"} for slot in found)
+    assert all(
+        slot.environment == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "ACCELERATE_USE_CPU": "true"}
+        for slot in found
+    )
 
 
 def test_beside_gpus_there_is_one_slot_for_the_cpu_whatever_jobs_says(monkeypatch: pytest.MonkeyPatch) -> None:

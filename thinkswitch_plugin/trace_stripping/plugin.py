@@ -19,7 +19,7 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 
 from thinkswitch_plugin.facts import attached, publish
-from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, seed_adapter
+from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, name_the_cpu, seed_adapter
 from thinkswitch_plugin.trace_stripping.args import BLOCK, DATASET_TYPE, PLUGIN, read_block
 from thinkswitch_plugin.trace_stripping.report import PREFIX, Report
 from thinkswitch_plugin.trace_stripping.strategy import LOG
@@ -56,6 +56,11 @@ class TraceStrippingPlugin(BasePlugin):
     def get_input_args(self) -> str:
         """The model of the `trace_stripping:` block, by its import path."""
         return "thinkswitch_plugin.trace_stripping.args.TraceStrippingArgs"
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
+        """Before anything is loaded: a CPU must be called one, in each of a training's processes."""
+        if is_listed(cfg, PLUGIN):
+            name_the_cpu(cfg)
 
     def pre_lora_load(self, cfg: DictDefault, model: Any) -> None:
         """Set the recipe's seed before an adapter is drawn."""
