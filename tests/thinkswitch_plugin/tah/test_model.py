@@ -291,7 +291,76 @@ def test_accumulated_losses_add_up_to_the_loss_of_the_whole_batch(build: Build) 
     torch.testing.assert_close(torch.stack(parts).sum(), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_only_tokens_that_continue_are_computed_again(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decider_s_accumulated_losses_and_gradients_are_those_of_the_whole_batch(build: Build) -> None:
+    model, batch = build(decider="oracle", decider_hidden=[]), padded_batch()
+    model.begin_decider(2.5, decider="learned", decider_layers=[1, 3], decider_hidden=[12], decider_dropout=0.0)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :2] = -100  # a prompt, whose tokens are decided about too
+    wanted = torch.randint(1, 3, labels.shape).masked_fill(batch["attention_mask"] == 0, -100)
+    given = {**batch, "labels": labels, "target_depth": wanted}
+    items = (labels[:, 1:] != -100).sum()
+    model.train()
+    whole = model(**given, num_items_in_batch=items)
+    whole.loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    parts = [
+        model(**{key: value[row : row + 1] for key, value in given.items()}, num_items_in_batch=items)
+        for row in range(3)
+    ]
+    loss = torch.stack([part.loss for part in parts]).sum()
+    loss.backward()
+    torch.testing.assert_close(loss, whole.loss, rtol=1e-5, atol=1e-6)
+    assert sum(int(part.decided) for part in parts) == int(whole.decided)
+    assert set(expected) == {f"decider.{name}" for name, _ in model.decider.named_parameters()}
+    for name, grad in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_dropout_of_adapter_and_decider_is_off_in_evaluation(build: Build, stage: int) -> None:
+    dropping = build(lora_dropout=0.5, decider_dropout=0.5)
+    if stage == 2:
+        settings = {"decider": "learned", "decider_layers": [0, 2, 3], "decider_hidden": [16, 24]}
+        dropping.begin_decider(1.0, **settings, decider_dropout=0.5)
+    plain = build()
+    plain.load_state_dict(dropping.state_dict())
+    batch = padded_batch()
+    with torch.no_grad():
+        assert torch.equal(dropping.eval()(**batch).logits, plain(**batch).logits)
+        odds, expected = (model(**batch).continue_logits[batch["attention_mask"].bool()] for model in (dropping, plain))
+        assert torch.equal(odds, expected)
+        dropping.train()
+        again = dropping(**batch, target_depth=torch.ones_like(batch["input_ids"])).continue_logits
+        if stage == 2:  # else the decider is asked only when it is no training
+            assert not torch.allclose(again[batch["attention_mask"].bool()], expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_in_bfloat16_is_near_that_in_float32(build: Build, stage: int) -> None:
+    torch.manual_seed(4)
+    batch = padded_batch()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    wanted = torch.randint(1, 3, labels.shape).masked_fill(batch["attention_mask"] == 0, -100)
+    losses, gradients = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        # The whole vocabulary is mixed: which are the likeliest jumps with rounding.
+        model = build(decider="oracle", decider_hidden=[], mix_top_k=61).to(dtype)
+        if stage == 2:
+            torch.manual_seed(5)
+            model.begin_decider(2.5, decider="learned", decider_layers=[1, 3], decider_hidden=[12], decider_dropout=0.0)
+            assert {p.dtype for p in model.decider.parameters()} == {torch.float32}
+        out = model.train()(**batch, labels=labels, target_depth=wanted)
+        out.loss.backward()
+        assert out.loss.dtype == torch.float32
+        losses.append(float(out.loss.detach()))
+        gradients.append(torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert float(gradients[1].norm()) == pytest.approx(float(gradients[0].norm()), rel=0.1)
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+def test_only_tokens_that_continue_are_computed_again(build: Build) -> None:
     model = build(decider="oracle")
     ids = torch.arange(1, 41).view(2, 20)
     wanted = torch.ones_like(ids)

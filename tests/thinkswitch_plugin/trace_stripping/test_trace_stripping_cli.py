@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ASK = {"role": "user", "content": "What is 12 + 30?"}
 ROWS = [
     {"doc": {"messages": [ASK], "trace_opened": True, "answer": 42}, "target": "42", "resps": [[text]]}
@@ -28,43 +26,27 @@ def prepared(folder: Path, tokenizer: Any) -> set[str]:
     return {tokenizer.decode([label for label in row if label != -100]) for row in labels}
 
 
-def test_preprocess(recipe: Any, axolotl: Any, write_rows: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_prepared_then_trained_on_then_changed(
+    recipe: Any, axolotl: Any, write_rows: Any, tokenizer: Any, tmp_path: Path
+) -> None:
     path = write_rows(ROWS)
     run = axolotl("preprocess", recipe(path))
     assert run.returncode == 0, run.stderr[-2000:]
     assert len(shown(run.stdout + run.stderr, path)) == 1
     assert prepared(tmp_path, tokenizer) == {"It is 42.<|im_end|>", "42<|im_end|>"}
+    assert not (tmp_path / "out/trace_stripping.json").exists()  # it is no training
 
-
-@pytest.mark.slow
-def test_preprocess_then_train(recipe: Any, axolotl: Any, write_rows: Any, tmp_path: Path) -> None:
-    path = write_rows(ROWS)
-    for command in (["preprocess"], ["train", "--launcher", "python"]):
-        run = axolotl(command[0], recipe(path), *command[1:])
-        assert run.returncode == 0, run.stderr[-2000:]
-        assert len(shown(run.stdout + run.stderr, path)) == 1
+    run = axolotl("train", recipe(path), "--launcher", "python")
+    assert run.returncode == 0, run.stderr[-2000:]
     assert "Loading prepared dataset from disk" in run.stdout + run.stderr
+    assert len(shown(run.stdout + run.stderr, path)) == 1
     (counts,) = json.loads((tmp_path / "out/trace_stripping.json").read_text())["datasets"]
     assert (counts["path"], counts["rows"], counts["kept"]) == (str(path), 4, 2)
     assert counts["dropped"] == {"empty_answer": 1, "unclosed": 1}
 
-
-@pytest.mark.slow
-def test_too_many_dropped_stops_training_with_one_line(recipe: Any, axolotl: Any, write_rows: Any) -> None:
-    path = write_rows(ROWS)
-    run = axolotl("train", recipe(path, trace_stripping={"max_dropped_fraction": 0.4}), "--launcher", "python")
-    assert run.returncode != 0
-    (line,) = [line for line in run.stderr.splitlines() if line.startswith("ValueError: trace stripping")]
-    assert f"{path}: kept 2 of 4 rows, dropped 2 (empty_answer 1, unclosed 1), over max_dropped_fraction 0.4" in line
-
-
-@pytest.mark.slow
-def test_a_changed_file_is_trained_on_without_being_asked_to(
-    recipe: Any, axolotl: Any, write_rows: Any, tmp_path: Path
-) -> None:
-    for rows in (ROWS, json.loads(json.dumps(ROWS).replace("It is 42", "It is 43"))):
-        path = write_rows(rows)
-        run = axolotl("train", recipe(path), "--launcher", "python")
-        assert run.returncode == 0, run.stderr[-2000:]
-        assert len(shown(run.stdout + run.stderr, path)) == 1
+    write_rows([*ROWS, ROWS[0]])  # a changed file is trained on without being asked to
+    run = axolotl("train", recipe(path), "--launcher", "python")
+    assert run.returncode == 0, run.stderr[-2000:]
+    (counts,) = json.loads((tmp_path / "out/trace_stripping.json").read_text())["datasets"]
+    assert (counts["rows"], counts["kept"]) == (5, 3)
     assert len(list(tmp_path.glob("prepared/*/dataset_info.json"))) == 2
