@@ -62,11 +62,11 @@ class Inputs(NamedTuple):
 
 def plan(config: LoopConfig, inputs: Inputs, iterations: int) -> list[Step]:
     """Every stage of the run, in an order in which each comes after what it reads."""
-    return [step._replace(stage=pinned(step.stage, inputs.identify)) for step in _steps(config, inputs, iterations)]
+    return list(_steps(config, inputs, iterations))
 
 
 def _steps(config: LoopConfig, inputs: Inputs, iterations: int) -> Iterator[Step]:
-    recipes = inputs.recipes
+    recipes, identify = inputs.recipes, inputs.identify
     settings = Settings(config.seed, config.nf4, config.limit, config.include_path)
     names = [task.name for task in inputs.prompt_tasks]
     instruct: External | Output = inputs.instruct
@@ -76,17 +76,21 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int) -> Iterator[Step
         for who, checkpoint in (("instruct", instruct), ("thinking", thinking)):
             recipe = recipes.get(f"evaluate_{who}", recipes["evaluate"])
             tah = who in inputs.tah
-            yield Step(k, f"evaluate_{who}", evaluate.build(recipe, settings, inputs.test_tasks, checkpoint, tah), who)
+            tested = evaluate.build(recipe, settings, inputs.test_tasks, checkpoint, tah)
+            yield Step(k, f"evaluate_{who}", pinned(tested, identify), who)
 
     yield from tests(0)
     for k in range(1, iterations + 1):
         labels = generate.build(recipes["generate"], settings, inputs.prompt_tasks, thinking, inputs.prompts)
+        labels = pinned(labels, identify)
         yield Step(k, "generate", labels)
         learnt = distill.build(recipes["distill"], config.seed, config.launcher, instruct, thinking, labels, names)
+        learnt = pinned(learnt, identify)
         yield Step(k, "distill", learnt)
         instruct = Output(learnt, distill.CHECKPOINT)
         anchor = inputs.thinking if config.anchor == "original" else thinking
         rebuilt = reconstruct.build(recipes["reconstruct"], config.t, anchor, instruct, config.written_pair)
+        rebuilt = pinned(rebuilt, identify)
         yield Step(k, "reconstruct", rebuilt)
         thinking = Output(rebuilt, reconstruct.CHECKPOINT)
         yield from tests(k)

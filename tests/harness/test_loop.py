@@ -285,10 +285,15 @@ def test_nf4_and_a_recipe_of_its_own_for_the_thinking_checkpoint(
     assert not (stage / "nf4").exists()
 
 
-def test_a_recipe_without_an_adapter_trains_the_whole_checkpoint(
-    copied: tuple[Path, Path], recipes: Path, runner: LocalRunner
+def test_a_recipe_without_an_adapter_trains_the_whole_checkpoint_on_its_own_data_too(
+    copied: tuple[Path, Path], recipes: Path, tmp_path: Path, runner: LocalRunner
 ) -> None:
-    out, config = copied
+    out, config = copied[0], small_loop(recipes, tmp_path / "mine")
+    turns = [{"role": "user", "content": "Compute 1+1+1."}, {"role": "assistant", "content": "\\boxed{3}"}]
+    (config.parent / "replay.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    written = yaml.safe_load((config.parent / "instruct_distill.yml").read_text())
+    written["datasets"].append({"path": "replay.jsonl", "ds_type": "json", "type": "chat_template"})
+    (config.parent / "instruct_distill.yml").write_text(yaml.safe_dump(written))
     changes = ("distill.adapter=null", "distill.load_in_4bit=false", "distill.learning_rate=1e-4")
     ran = run_here(config, out, runner, changes, name="full")
     trained, source = ran.folder / "iter_01/distill/instruct", recipes / "mini/instruct"
@@ -297,6 +302,9 @@ def test_a_recipe_without_an_adapter_trains_the_whole_checkpoint(
     assert not list(trained.glob("checkpoint-*"))
     assert not (ran.folder / "iter_01/distill/adapter").exists()
     assert len(ran.results["rows"]) == 4
+    recipe = yaml.safe_load((ran.folder / "iter_01/distill/recipe.yml").read_text())
+    assert recipe["datasets"][1]["path"] == str(config.parent / "replay.jsonl")
+    assert "3/3 [" in (ran.folder / "iter_01/distill/log.txt").read_text()  # 32 labels and 8 rows, 16 a step
 
 
 @pytest.mark.slow

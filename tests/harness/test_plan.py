@@ -338,3 +338,10 @@ def test_commands_have_every_path_in_its_place(shipped: LoopConfig) -> None:
         assert len(commands(step.stage, paths)) == len(step.stage.commands)
     moved = replace(toy("x"), commands=(("toy", "<<a>>", "--out=<<stage>>/b"),))
     assert commands(moved, {"stage": "/s", "a": "/in put"}) == [["toy", "/in put", "--out=/s/b"]]
+
+
+def test_a_stage_that_reads_a_pinned_one_reads_that_one(shipped: LoopConfig) -> None:
+    steps = planned(shipped, identify=lambda key, text: "data" if key == "ds_type" else None)
+    every = {id(step.stage) for step in steps.values()}
+    assert all(id(needed) in every for step in steps.values() for needed in step.stage.needs())
+    assert "file_1" in steps[1, "distill"].stage.inputs
