@@ -1,6 +1,6 @@
 """What the experiments on the embedded pair share: labels, a training, a score.
 
-Knows the recipes, the two domains and `harness.tools`, whose children save the imports. Every result is kept in the
+Knows the recipes, the two domains and `harness.runner`, whose forks save the imports. Every result is kept in the
 lab's folder and not made again.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from harness.tools import Tools
+from harness.runner import LocalRunner, has_accelerator
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -41,8 +41,14 @@ def _module(file: Path) -> ModuleType:
 world = _module(RECIPES / "mini/world.py")
 
 
+def start_runner(out: Path) -> LocalRunner:
+    """What the tools' commands run on, preloaded where that can be; a context manager."""
+    out.mkdir(parents=True, exist_ok=True)
+    return LocalRunner(out / "preload.log", preloaded=not has_accelerator())
+
+
 def trained(
-    folder: Path, recipe: str, data: list[Path], tools: Tools, threads: int | None = None, **changes: Any
+    folder: Path, recipe: str, data: list[Path], runner: LocalRunner, threads: int | None = None, **changes: Any
 ) -> Path:
     """What `axolotl train` leaves of a shipped recipe, trained once: a folder that is done is left as it is.
 
@@ -50,8 +56,8 @@ def trained(
         folder: the `output_dir`.
         recipe: its name, without `.yml`.
         data: files for the recipe's first dataset entry.
-        tools: run it.
-        threads: of its arithmetic, as `Tools.run` takes them.
+        runner: runs the command.
+        threads: of its arithmetic; None for as many as the tool takes.
         changes: keys of the recipe; a mapping is laid over the recipe's own, None takes a key out.
     """
     if (folder / "done").exists():
@@ -64,7 +70,8 @@ def trained(
         settings[key] = {**settings.get(key, {}), **value} if isinstance(value, Mapping) else value
     file = folder / "recipe.yml"
     file.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
-    tools.run(["axolotl", "train", str(file), "--launcher", "python"], folder / "log.txt", threads=threads)
+    environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    runner.run(["axolotl", "train", str(file), "--launcher", "python"], environment, folder / "log.txt")
     (folder / "done").touch()
     return folder
 
@@ -72,9 +79,9 @@ def trained(
 class Lab:
     """Labels, trainings and scores, each made once."""
 
-    def __init__(self, out: Path, tools: Tools):
+    def __init__(self, out: Path, runner: LocalRunner):
         """`out` keeps everything."""
-        self.out, self.tools = out.resolve(), tools
+        self.out, self.runner = out.resolve(), runner
 
     def labels(self, task: str) -> Path:
         """The thinking checkpoint's answers to a domain's training prompts, as lm-eval logs them."""
@@ -86,7 +93,7 @@ class Lab:
             settings["model_args"]["pretrained"] = str(THINKING)
             settings.update(tasks=[f"{task}_prompts"], output_path=str(folder / "results.json"))
             (folder / "recipe.yml").write_text(yaml.safe_dump(settings))
-            self.tools.run(["lm_eval", "run", "--config", str(folder / "recipe.yml")], folder / "log.txt")
+            self.runner.run(["lm_eval", "run", "--config", str(folder / "recipe.yml")], {}, folder / "log.txt")
             (samples,) = folder.glob(f"samples_{task}_prompts_*.jsonl")
             shutil.move(samples, file)
         return file
@@ -105,7 +112,7 @@ class Lab:
         if recipe == "on_policy_kl":
             block = {"teacher": str(THINKING), "show_every": 0, **changes.pop("on_policy_kl", {})}
             changes["on_policy_kl"] = block
-        trained(folder, recipe, data, self.tools, **{**same, **changes})
+        trained(folder, recipe, data, self.runner, **{**same, **changes})
         shutil.rmtree(folder / "prepared", ignore_errors=True)
         return folder
 
@@ -113,14 +120,14 @@ class Lab:
         """The trained adapter merged into its base."""
         if not (folder / "merged").exists():
             command = ["axolotl", "merge-lora", str(folder / "recipe.yml"), "--lora-model-dir", str(folder)]
-            self.tools.run(command, folder / "log.txt")
+            self.runner.run(command, {}, folder / "log.txt")
         return folder / "merged"
 
     def curve(self, start: Path, folder: Path, task: str, questions: int = world.TEST) -> dict[int, float]:
         """Greedy held-out accuracy by update: of `start`, at 0, and of every adapter that a training saved."""
         file = folder / f"curve_{task}.json"
         if not file.exists():
-            self.tools.call(score_checkpoints, str(start), str(folder), task, questions, log=folder / "score.txt")
+            file.write_text(json.dumps(score_checkpoints(start, folder, task, questions)))
         return {int(step): value for step, value in json.loads(file.read_text()).items()}
 
     def score(self, checkpoint: Path, task: str, questions: int = world.TEST) -> float:
@@ -130,8 +137,8 @@ class Lab:
         return self.curve(checkpoint, folder, task, questions)[0]
 
 
-def score_checkpoints(start: str, folder: str, task: str, questions: int) -> None:
-    """In a child: accuracy of `start` and of every `checkpoint-N` adapter in a folder, to `curve_TASK.json` there.
+def score_checkpoints(start: Path, folder: Path, task: str, questions: int) -> dict[int, float]:
+    """Accuracy of `start`, at 0, and of every `checkpoint-N` adapter in a folder, at N.
 
     The questions are the first of the domain's test split; 200 of them are the task's.
     """
@@ -142,7 +149,7 @@ def score_checkpoints(start: str, folder: str, task: str, questions: int) -> Non
     grade = getattr(_module(ROOT / "tasks/answers.py"), GRADERS[task])
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     docs = world.test_rows(task, questions)
-    saved = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-*")}
+    saved = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
     curve = {}
     for step in (0, *sorted(saved)):
         model = AutoModelForCausalLM.from_pretrained(start)
@@ -165,7 +172,7 @@ def score_checkpoints(start: str, folder: str, task: str, questions: int) -> Non
             for doc, text in zip(part, texts, strict=True):
                 right += grade({**doc, "trace_opened": False}, [text])["exact_match"]
         curve[step] = right / len(docs)
-    (Path(folder) / f"curve_{task}.json").write_text(json.dumps(curve))
+    return curve
 
 
 def mean_and_interval(values: list[float]) -> list[float]:

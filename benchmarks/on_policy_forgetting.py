@@ -15,9 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mini_lab import INSTRUCT, Lab, mean_and_interval
-
-from harness.tools import Tools
+from mini_lab import INSTRUCT, Lab, mean_and_interval, start_runner
 
 TASKS = ("mini_math", "mini_qa")
 QUESTIONS = 2000  # of the tasks' own 200, one that turns either way is half a point, and many are near a tie
@@ -30,11 +28,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/forgetting"))
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    with Tools(asked.out / "preload.log") as tools:
-        tools.wait()
-        lab = Lab(asked.out, tools)
+    with start_runner(asked.out) as runner:
+        lab = Lab(asked.out, runner)
         before = {task: lab.score(INSTRUCT, task, QUESTIONS) for task in TASKS}
         for seed in range(asked.seeds):
             tuned = lab.merge(

@@ -27,9 +27,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from mini_lab import INSTRUCT, Lab, mean_and_interval
-
-from harness.tools import Tools
+from mini_lab import INSTRUCT, Lab, mean_and_interval, start_runner
 
 HERE = Path(__file__).stem
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # GRPO finds its reward here
@@ -167,13 +165,11 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, help="updates of warm-up instead of the recipe's")
     parser.add_argument("--out", type=Path, default=Path("runs/sample_efficiency"))
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[dict[int, float]]] = {}
     changes = {"learning_rate": asked.rate, "warmup_steps": asked.warmup}
     changes = {key: value for key, value in changes.items() if value is not None}
-    with Tools(asked.out / "preload.log") as tools:
-        tools.wait()
-        lab = Lab(asked.out, tools)
+    with start_runner(asked.out) as runner:
+        lab = Lab(asked.out, runner)
         for seed in range(asked.seeds):
             for method in asked.methods.split(","):
                 found = curve(lab, method, asked.updates, asked.prompts, seed, **changes)

@@ -31,9 +31,9 @@ from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
 
-from mini_lab import INSTRUCT, mean_and_interval, trained
+from mini_lab import INSTRUCT, mean_and_interval, start_runner, trained
 
-from harness.tools import Tools
+from harness.runner import LocalRunner
 from thinkswitch_plugin.trace_stripping.args import PLUGIN as TRACE_STRIPPING
 
 BATCH, TEST = 64, 1000
@@ -63,9 +63,9 @@ def problems(seed: int, test: bool) -> list[dict[str, Any]]:
 class Arms:
     """The trainings of one seed."""
 
-    def __init__(self, out: Path, tools: Tools, seed: int, base_steps: int, steps: int, rates: dict[str, float]):
+    def __init__(self, out: Path, runner: LocalRunner, seed: int, base_steps: int, steps: int, rates: dict[str, float]):
         """Everything goes to `out`."""
-        self.out, self.tools, self.seed, self.rates = out, tools, seed, rates
+        self.out, self.runner, self.seed, self.rates = out, runner, seed, rates
         self.out.mkdir(parents=True, exist_ok=True)
         self.data = {"base": base_steps, "arms": steps}
         every, first = problems(seed, test=False), BATCH * base_steps
@@ -94,7 +94,7 @@ class Arms:
         }
         files = [self.out / f"{data}.jsonl"]
         with CORES:
-            return trained(self.out / name, recipe, files, self.tools, threads=1, **{**same, **changes})
+            return trained(self.out / name, recipe, files, self.runner, threads=1, **{**same, **changes})
 
     def run(self) -> dict[str, dict[str, float]]:
         """All arms, then their scores."""
@@ -114,12 +114,12 @@ class Arms:
         arms = {"base": base, "single": single, "always": always, "oracle": oracle, "learned": learned}
         found = self.out / "scores.json"
         if not found.exists():
-            self.tools.call(score, {k: str(v) for k, v in arms.items()}, str(found), log=self.out / "score.txt")
+            found.write_text(json.dumps(score(arms)))
         return json.loads(found.read_text())
 
 
-def score(arms: dict[str, str], file: str) -> None:
-    """In a child: exact match and passes of every arm, to `file`; the single-pass arm says what is hard."""
+def score(arms: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Exact match and passes of every arm, and how often the learned decider is right; `single` says what is hard."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,7 +148,7 @@ def score(arms: dict[str, str], file: str) -> None:
     depth = torch.ones_like(padded)
     for at, verdict in enumerate(oracle):
         depth[at, : len(verdict)] += verdict.long()
-    scores = {}
+    scores: dict[str, dict[str, float]] = {}
     for name, folder in arms.items():
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         more = {"target_depth": depth} if name == "oracle" else {}
@@ -162,7 +162,7 @@ def score(arms: dict[str, str], file: str) -> None:
             hard, said = depth[asked] > 1, out.depth[asked] > 1
             scores[name]["recall"] = float((hard & said).sum() / hard.sum())
             scores[name]["precision"] = float((hard & said).sum() / said.sum().clamp(min=1))
-    Path(file).write_text(json.dumps(scores))
+    return scores
 
 
 def main() -> None:
@@ -174,14 +174,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of every arm")
     parser.add_argument("--out", type=Path, default=Path("runs/tah_quality"))
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
     rates = {"base": 2e-3, "arms": asked.rate, "decider": 1e-3}
-    with Tools(asked.out / "preload.log") as tools, ThreadPoolExecutor(asked.seeds) as pool:
-        tools.wait()
+    with start_runner(asked.out) as runner, ThreadPoolExecutor(asked.seeds) as pool:
 
         def one(seed: int) -> dict[str, dict[str, float]]:
             folder = asked.out.resolve() / f"seed_{seed}"
-            found = Arms(folder, tools, seed, asked.base, asked.steps, rates).run()
+            found = Arms(folder, runner, seed, asked.base, asked.steps, rates).run()
             print(f"seed {seed}  {found}", flush=True)
             return found
 
