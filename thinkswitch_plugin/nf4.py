@@ -12,6 +12,9 @@ from typing import Any
 
 import click
 
+from thinkswitch_plugin.cli import one_line
+from thinkswitch_plugin.recipe import is_there
+
 
 @click.command("nf4")
 @click.argument("checkpoint")
@@ -22,28 +25,39 @@ def command(checkpoint: str, out: Path) -> None:
     NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3): about 0.52 bytes a weight. Embeddings and norms
     stay as they are. OUT holds safetensors, tokenizer, chat template and generation config.
     """
-    quantize(checkpoint, out)
+    with one_line():
+        quantize(checkpoint, out)
 
 
 def quantize(checkpoint: str, out: Path) -> None:
     """Load `checkpoint` in NF4, compute in its own dtype, and save it to `out`.
 
     Raises:
-        OSError: if the checkpoint cannot be found or `out` cannot be written.
+        ValueError: the checkpoint is no folder and cannot be a hub id.
+        OSError: it cannot be read or `out` cannot be written.
     """
+    if not is_there(checkpoint):
+        raise ValueError(f"nf4: checkpoint {checkpoint}: no such folder, and not a hub id (owner/name) either")
+
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     dtype: Any = AutoConfig.from_pretrained(checkpoint).dtype or torch.bfloat16
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
     device = {"": 0} if torch.cuda.is_available() else {"": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, quantization_config=config, dtype=dtype, device_map=device, use_safetensors=True
+        checkpoint, quantization_config=nf4(dtype), dtype=dtype, device_map=device, use_safetensors=True
     )
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(out)
+
+
+def nf4(compute_dtype: Any) -> Any:
+    """The `BitsAndBytesConfig` of NF4 with double quantisation, that computes in a `torch.dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )

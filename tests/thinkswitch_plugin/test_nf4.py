@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from thinkswitch_plugin.nf4 import command
 
 BIN = Path(sys.executable).parent
 
@@ -101,3 +104,11 @@ def test_stock_lm_eval_scores_it_as_the_source(source: Path, copy: Path, questio
     ).stdout
     score = next(float(line.split("|")[7]) for line in said.splitlines() if "exact_match" in line)
     assert abs(score - right / 20) <= 0.05  # a question
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    said = CliRunner().invoke(command, [str(tmp_path / "none"), str(tmp_path / "out")])
+    assert said.exit_code == 1
+    assert said.output == (
+        f"Error: nf4: checkpoint {tmp_path / 'none'}: no such folder, and not a hub id (owner/name) either\n"
+    )

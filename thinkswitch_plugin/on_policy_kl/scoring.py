@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from thinkswitch_plugin.nf4 import nf4
 from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, end_tokens, generate
 from thinkswitch_plugin.scaling import OF_LOGITS, scaled
@@ -90,14 +91,11 @@ class Teacher:
                 raise ValueError("on_policy_kl: teacher self is the student without its adapter; set adapter: lora")
             self.model, self.tokenizer, self._off = student, tokenizer, cast(PeftModel, student).disable_adapter
             return
-        quantized = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
         self.model = AutoModelForCausalLM.from_pretrained(
             config.teacher,
             dtype=dtype,
             device_map={"": student.device},
-            quantization_config=quantized if config.teacher_load_in_4bit else None,
+            quantization_config=nf4(dtype) if config.teacher_load_in_4bit else None,
             use_safetensors=True,
         )
         self.model.requires_grad_(False).eval()

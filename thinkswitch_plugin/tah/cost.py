@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from thinkswitch_plugin.tah.batches import batches
 from thinkswitch_plugin.tah.config import Policy, TaHConfig
 from thinkswitch_plugin.tah.lora import DepthLinear
 from thinkswitch_plugin.tah.model import TaHForCausalLM
@@ -122,15 +123,12 @@ def count(
     Raises:
         ValueError: the checkpoint has no trained decider.
     """
-    rows = sorted((_encoded(tokenizer, *pair) for pair in pairs), key=lambda row: len(row[0]))
+    rows = [_encoded(tokenizer, *pair) for pair in pairs]
     depths: list[int] = []
     contexts: list[int] = []
-    batch: list[tuple[list[int], int]] = []
-    for at, row in enumerate(rows):
-        batch.append(row)
-        if at + 1 < len(rows) and (len(batch) + 1) * len(rows[at + 1][0]) <= tokens_at_once:
-            continue
-        width = len(row[0])
+    for indices in batches([len(tokens) for tokens, _ in rows], tokens_at_once):
+        batch = [rows[index] for index in indices]
+        width = len(batch[-1][0])
         ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch], device=model.device)
         lengths = torch.tensor([len(tokens) for tokens, _ in batch], device=model.device)
         mask = (torch.arange(width, device=model.device) < lengths[:, None]).long()
@@ -139,7 +137,6 @@ def count(
             # A position's depth is that of the prediction it makes, of the token after it.
             depths += row_took[start - 1 : len(tokens) - 1]
             contexts += range(start, len(tokens))
-        batch = []
     if not depths:
         return None
     n = len(depths)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from thinkswitch_plugin.recipe import add_files
+from thinkswitch_plugin.tah.batches import batches
 from thinkswitch_plugin.tah.model import tokens_at_a_head
 
 IGNORED = -100
@@ -54,9 +54,9 @@ def hard_tokens(
     verdicts: list[Tensor] = [torch.empty(0)] * len(dataset)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     lengths = _lengths(dataset)
-    batches = list(_batches(lengths, tokens_at_once))
+    todo = list(batches(lengths, tokens_at_once))
     readable = _readable(dataset)
-    for batch in track(batches, description="hard tokens", disable=len(batches) < 8, transient=True):
+    for batch in track(todo, description="hard tokens", disable=len(todo) < 8, transient=True):
         width = max(lengths[index] for index in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
         wanted = torch.full((len(batch), width), IGNORED)
@@ -95,17 +95,6 @@ def _readable(dataset: Dataset) -> Dataset:
 def _lengths(dataset: Dataset) -> list[int]:
     parts = dataset.select_columns(["input_ids"]).with_format("arrow").iter(1000)
     return [length for part in parts for length in pc.list_value_length(part["input_ids"]).to_pylist()]
-
-
-def _batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[index] > tokens_at_once:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def label(

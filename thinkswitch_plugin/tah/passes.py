@@ -14,6 +14,7 @@ from typing import Any
 import click
 import yaml
 
+from thinkswitch_plugin.cli import one_line
 from thinkswitch_plugin.facts import write_json
 
 SETTINGS = ("dtype", "max_depth", "mix_top_k", "decider", "threshold")  # of the model, that model_args may set
@@ -36,10 +37,8 @@ def command(samples: Path, recipe: Path, out: Path) -> None:
     "flops_per_token_always": …}}, null where a task has no answer with a token. The checkpoint is the recipe's
     (`pretrained` in its model_args), with the settings it was asked with.
     """
-    try:
+    with one_line():
         write_json(out, count(samples, recipe))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error).splitlines()[0]) from None
 
 
 def count(samples: Path, recipe: Path) -> dict[str, dict[str, float | None]]:

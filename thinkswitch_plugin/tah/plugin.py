@@ -16,6 +16,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from transformers import AutoConfig
 
+from thinkswitch_plugin.cli import one_line
 from thinkswitch_plugin.recipe import (
     is_listed,
     is_there,
@@ -223,10 +224,8 @@ def command(config: Path) -> None:
     """
     from axolotl.cli.config import load_cfg
 
-    try:
+    with one_line():
         cfg = load_cfg(str(config))
         if not is_listed(cfg, PLUGIN):
             raise ValueError(f"{config}: does not list {PLUGIN} under `plugins:`")
         labelled(cfg)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error).splitlines()[0]) from None
