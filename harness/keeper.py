@@ -195,7 +195,7 @@ def tree(pid: int) -> list[psutil.Process]:
 
 def end_everything() -> None:
     """Kill all descendants, adopted ones too, until there are none: nobody is left to wait for them."""
-    deadline = time.monotonic() + 8.0
+    deadline = time.monotonic() + 5.0
     while (left := tree(os.getpid())[1:]) and time.monotonic() < deadline:
         send(signal.SIGKILL, left)
         with contextlib.suppress(ChildProcessError):
@@ -322,8 +322,6 @@ def main() -> None:
         end_everything()
         os._exit(0)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -333,7 +331,9 @@ def main() -> None:
     link.set_inheritable(False)
     keeper = Keeper(link, options.preload)
     if options.preload:
-        preload()
+        preload()  # which a signal ends at once: a handler would wait for the import of a library of half a gigabyte
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
     keeper.say(ready=True)
     try:
         keeper.serve()

@@ -179,7 +179,7 @@ class LocalRunner:
         if not self._ready.is_set():
             self._keeper.terminate()  # it is importing and does not listen
         try:
-            self._keeper.wait(10)
+            self._keeper.wait(6)
         except subprocess.TimeoutExpired:
             self._keeper.kill()
             self._keeper.wait()

@@ -69,14 +69,9 @@ def when(seen: Callable[[], object], running: subprocess.Popen[str]) -> None:
 def test_a_run_ended_in_the_middle_leaves_no_process(recipes: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Each signal in another stage."""
     config, out, tag = small_loop(recipes, tmp_path / "mine", limit=12), tmp_path / "runs", uuid.uuid4().hex
-    stage = {
-        signal.SIGINT: "evaluate",
-        signal.SIGTERM: "generate",
-        signal.SIGHUP: "evaluate",
-        signal.SIGKILL: "distill",
-    }
+    kind = {signal.SIGTERM: "generate", signal.SIGKILL: "distill"}.get(number, "evaluate")
     running = started(config, out, tag)
-    when(lambda: list((out / "stages").glob(f"{stage[number]}-*/log.txt")), running)
+    when(lambda: list((out / "stages").glob(f"{kind}-*/log.txt")), running)
     said = ended(running, number, tag)
     if number != signal.SIGKILL:
         assert said == "ts-loop: stopped; what is finished is kept, run the same command again to continue\n"
@@ -128,13 +123,7 @@ def test_two_commands_at_once_on_one_run_and_on_two_that_share(recipes: Path, tm
         pair = [subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) for more in ([], second)]
         said = [running.communicate(timeout=600)[0] for running in pair]
         assert [running.returncode for running in pair] == [0, 0]
-        begun = "".join(said).count("$ ")  # nothing: commands are told with -v alone
-        assert begun == 0
-        for log in (out / "stages").glob("*/log.txt"):
-            assert log.read_text().count("\n$ ") + log.read_text().startswith("$ ") == (
-                2 if "distill-" in str(log) else 1
-            )
-        stages = list((out / "stages").glob("*/stage.json"))
-        assert len(stages) == (7 if not second else 9)
-        performed = [line for text in said for line in text.splitlines() if " s  " in line and "reused" not in line]
-        assert len(performed) == len(stages) + 0
+        assert len(list((out / "stages").glob("*/stage.json"))) == (9 if second else 7)
+        # Whoever makes a stage says so before it begins.
+        begun = [line for text in said for line in text.splitlines() if line.endswith(("lm_eval", "axolotl", "-yaml"))]
+        assert len(begun) == (9 if second else 7) + 1  # a distillation is two commands
