@@ -179,14 +179,13 @@ def test_the_line_names_rows_reasons_and_tokens() -> None:
     reasons = [None, "unclosed", None, "empty_answer", "unclosed"]
     report = count("x.jsonl", reasons, [10, 20, 10, 5, 5], [2, 0, 3, 0, 9])
     assert report.line() == (
-        "trace stripping: x.jsonl: kept 2 of 5 rows, dropped 3 (unclosed 2, empty_answer 1); "
-        "removed 90.0% of the assistant tokens (45 of 50)"
+        "kept 2 of 5 rows, dropped 3 (unclosed 2, empty_answer 1); removed 90.0% of the assistant tokens (45 of 50)"
     )
 
 
 def test_the_line_without_drops_or_tokens() -> None:
     assert count("x", [None], [0], [0]).line() == (
-        "trace stripping: x: kept 1 of 1 rows, dropped 0; removed 0.0% of the assistant tokens (0 of 0)"
+        "kept 1 of 1 rows, dropped 0; removed 0.0% of the assistant tokens (0 of 0)"
     )
 
 
