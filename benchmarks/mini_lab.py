@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 INSTRUCT, THINKING = RECIPES / "mini/instruct", RECIPES / "mini/thinking"
 LORA = {"adapter": "lora", "load_in_4bit": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
-BATCH = 200  # questions answered at once
+QUESTIONS_AT_ONCE = 200
 GRADERS = {"mini_math": "grade_integer", "mini_qa": "grade_decision"}
 
 
@@ -157,8 +157,8 @@ def score_checkpoints(start: Path, folder: Path, task: str, questions: int) -> d
             model = PeftModel.from_pretrained(model, saved[step]).merge_and_unload()
         model.eval()
         right = 0.0
-        for at in range(0, len(docs), BATCH):
-            part = docs[at : at + BATCH]
+        for at in range(0, len(docs), QUESTIONS_AT_ONCE):
+            part = docs[at : at + QUESTIONS_AT_ONCE]
             batch = tokenizer.apply_chat_template(
                 [[{"role": "user", "content": doc["question"]}] for doc in part],
                 add_generation_prompt=True,

@@ -31,7 +31,9 @@ from mini_lab import INSTRUCT, Lab, mean_and_interval, start_runner
 
 HERE = Path(__file__).stem
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # GRPO finds its reward here
-TASK, BATCH, EVERY = "mini_math", 64, 25
+TASK = "mini_math"
+BATCH = 64  # sequences an update
+EVERY = 25  # updates between two scores
 RATES = {
     "answer_only": 2e-3,
     "on_policy_plain": 2e-3,

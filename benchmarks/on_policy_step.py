@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 from mini_lab import INSTRUCT, LORA, RECIPES, ROOT, THINKING
 
-LONGEST, RATE, SEED = 16, 1e-4, 42
+MAX_NEW_TOKENS, RATE, SEED = 16, 1e-4, 42
 os.environ.update(AXOLOTL_DO_NOT_TRACK="1", HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
 
 
@@ -51,7 +51,7 @@ def ours(folder: Path, steps: int, batch: int, accumulation: int) -> dict[str, f
         seed=SEED,
     )
     recipe["on_policy_kl"].update(
-        teacher=str(THINKING), context="prompt", divergence="reverse_kl", max_new_tokens=LONGEST, show_every=0
+        teacher=str(THINKING), context="prompt", divergence="reverse_kl", max_new_tokens=MAX_NEW_TOKENS, show_every=0
     )
     (folder / "ours.yml").write_text(yaml.safe_dump(recipe))
     command = [Path(sys.executable).with_name("axolotl"), "train", folder / "ours.yml", "--launcher", "python"]
@@ -80,7 +80,7 @@ def trl(folder: Path, steps: int, batch: int, accumulation: int) -> dict[str, fl
             max_steps=steps,
             learning_rate=RATE,
             max_length=256,
-            max_completion_length=LONGEST,
+            max_completion_length=MAX_NEW_TOKENS,
             temperature=1.0,
             top_p=1.0,
             top_k=0,

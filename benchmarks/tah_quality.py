@@ -36,7 +36,8 @@ from mini_lab import INSTRUCT, mean_and_interval, start_runner, trained
 from harness.runner import LocalRunner
 from thinkswitch_plugin.trace_stripping.args import PLUGIN as TRACE_STRIPPING
 
-BATCH, TEST = 64, 1000
+BATCH = 64  # problems an update
+TEST = 1000  # problems scored
 CORES = BoundedSemaphore(2)  # trainings at once, of any seed
 UNSURE = 0.6  # after the paper's labels, what the decider sends on in vain is mostly lost: docs/results.md
 DECIDER = {"threshold": 0.7}  # of 0.3 to 0.95, the best on training problems of two seeds

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from thinkswitch_plugin.tah import TaHForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT = 16
+PROMPT_TOKENS = 16
 SHARES = (0.0, 0.06, 0.25, 1.0)
 SMALL = {"decider_layers": [1, 2, 3], "decider_hidden": [64, 64]}
 BIG = {
@@ -104,7 +104,7 @@ def decoding(
     """Tokens a second at 6 %, ours over theirs, and our time over the plain backbone's."""
     folder = scratch / "decode"
     model = random_checkpoint(folder, shape=shape, **tah)
-    ids = torch.randint(1, model.config.text_config.vocab_size, (batch, PROMPT))
+    ids = torch.randint(1, model.config.text_config.vocab_size, (batch, PROMPT_TOKENS))
     share = at_share(model, ids, tokens, 0.06)
     plain = plain_of(model)
     found = {"share": round(share, 4)}
@@ -180,7 +180,7 @@ def cost_by_share(scratch: Path, tokens: int, runs: int) -> dict[str, list[float
     """Our time over the backbone's at batch 1, by the share of tokens that continue, and the plot."""
     model = random_checkpoint(scratch / "cost", shape=BIG, **BIG_TAH)
     plain = plain_of(model)
-    ids = torch.randint(1, BIG["vocab_size"], (1, PROMPT))
+    ids = torch.randint(1, BIG["vocab_size"], (1, PROMPT_TOKENS))
     assert model.decider is not None
     rounds, shares = [], list(SHARES)
     for _ in range(runs + 1):

@@ -28,7 +28,7 @@ def attach(dataset: Any, plugin: str, facts: Mapping[str, Any]) -> None:
 def attached(dataset: Any, plugin: str) -> list[dict[str, Any]]:
     """The facts that `attach` put into a dataset, or into those it was merged from, in their order."""
     prefix = f"{plugin}: "
-    lines = dataset.info.description.splitlines()
+    lines = (dataset.info.description or "").splitlines()
     return [json.loads(line.removeprefix(prefix)) for line in lines if line.startswith(prefix)]
 
 

@@ -76,10 +76,11 @@ class TraceStrippingPlugin(BasePlugin):
         if not is_listed(cfg, PLUGIN):
             return
         publish(trainer, BLOCK, cfg.output_dir)
+        reports = [Report(**counts) for counts in attached(trainer.train_dataset, BLOCK)]
         # A set prepared in this run has shown its counts already.
-        if _is_read_back(trainer.train_dataset, cfg.dataset_prepared_path):
-            for counts in attached(trainer.train_dataset, BLOCK):
-                LOG.info(f"{PREFIX}: {counts['path']}: {Report(**counts).line()}")
+        if reports and _is_read_back(trainer.train_dataset, cfg.dataset_prepared_path):
+            for report in reports:
+                LOG.info(f"{PREFIX}: {report.path}: {report.line()}")
 
 
 def _is_read_back(dataset: Any, prepared_path: str | None) -> bool:
