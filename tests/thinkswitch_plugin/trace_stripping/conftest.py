@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 CHATML = (
     "{%- for message in messages %}"
@@ -114,22 +110,3 @@ def recipe(checkpoint: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         }
 
     return recipe
-
-
-@pytest.fixture
-def axolotl(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Axolotl's own command line, on a recipe."""
-
-    def run(command: str, recipe: dict[str, Any], *options: str) -> subprocess.CompletedProcess[str]:
-        path = tmp_path / "recipe.yml"
-        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        return subprocess.run(
-            [sys.executable, "-m", "axolotl.cli.main", command, str(path), *options],
-            cwd=tmp_path,
-            env={**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run

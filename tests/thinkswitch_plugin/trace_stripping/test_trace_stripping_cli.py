@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ASK = {"role": "user", "content": "What is 12 + 30?"}
 ROWS = [
@@ -26,27 +30,33 @@ def prepared(folder: Path, tokenizer: Any) -> set[str]:
     return {tokenizer.decode([label for label in row if label != -100]) for row in labels}
 
 
+def bare(*command: Any) -> str:
+    """As `tool`, in a process that has imported nothing yet: what a person starts. The suite's one `axolotl train`."""
+    command = (Path(sys.executable).with_name(command[0]), *command[1:])
+    said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert said.returncode == 0, said.stdout[-2000:]
+    return said.stdout
+
+
 def test_prepared_then_trained_on_then_changed(
-    recipe: Any, axolotl: Any, write_rows: Any, tokenizer: Any, tmp_path: Path
+    recipe: Any, tool: Any, write_rows: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
-    path = write_rows(ROWS)
-    run = axolotl("preprocess", recipe(path))
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert len(shown(run.stdout + run.stderr, path)) == 1
+    path, file = write_rows(ROWS), tmp_path / "recipe.yml"
+    file.write_text(yaml.safe_dump(recipe(path)), encoding="utf-8")
+    said = tool("axolotl", "preprocess", file)
+    assert len(shown(said, path)) == 1
     assert prepared(tmp_path, tokenizer) == {"It is 42.<|im_end|>", "42<|im_end|>"}
     assert not (tmp_path / "out/trace_stripping.json").exists()  # it is no training
 
-    run = axolotl("train", recipe(path), "--launcher", "python")
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "Loading prepared dataset from disk" in run.stdout + run.stderr
-    assert len(shown(run.stdout + run.stderr, path)) == 1
+    said = bare("axolotl", "train", file, "--launcher", "python")
+    assert "Loading prepared dataset from disk" in said
+    assert len(shown(said, path)) == 1
     (counts,) = json.loads((tmp_path / "out/trace_stripping.json").read_text())["datasets"]
     assert (counts["path"], counts["rows"], counts["kept"]) == (str(path), 4, 2)
     assert counts["dropped"] == {"empty_answer": 1, "unclosed": 1}
 
     write_rows([*ROWS, ROWS[0]])  # a changed file is trained on without being asked to
-    run = axolotl("train", recipe(path), "--launcher", "python")
-    assert run.returncode == 0, run.stderr[-2000:]
+    tool("axolotl", "train", file, "--launcher", "python")
     (counts,) = json.loads((tmp_path / "out/trace_stripping.json").read_text())["datasets"]
     assert (counts["rows"], counts["kept"]) == (5, 3)
     assert len(list(tmp_path.glob("prepared/*/dataset_info.json"))) == 2
