@@ -210,6 +210,34 @@ def test_accumulation_trains_as_one_batch_does(build: Any, rows: dict[str, list[
     assert logged(parts, "opd/loss") == pytest.approx(logged(whole, "opd/loss"), rel=1e-4)
 
 
+def test_two_ranks_mean_gradient_is_that_of_one_process(
+    build: Any, rows: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes' shares of a step, one after the other: they count both's tokens, and DDP takes the mean."""
+    trainer = build(rows, {"temperature": 0.0})
+
+    def share(which: list[int], elsewhere: int | None = None) -> tuple[int, dict[str, Tensor]]:
+        prompts = {key: [values[at] for at in which] for key, values in rows.items()}
+        if elsewhere is not None:
+            monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda _: 2))
+            monkeypatch.setattr(
+                trainer.accelerator, "gather", lambda local: torch.stack([local, torch.tensor(elsewhere)])
+            )
+        trainer.model.zero_grad()
+        batches, count = trainer.get_batch_samples(iter([prompts]), 1, torch.device("cpu"))
+        for batch in batches:
+            trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).backward()
+        local = sum(int(batch["answers"].sum()) for batch in batches)
+        return local, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+    (one, _), (two, _) = share([0]), share([1, 2])
+    assert one != two  # else a mean of each one's mean would do
+    _, whole = share([0, 1, 2])
+    (_, first), (_, second) = share([0], elsewhere=two), share([1, 2], elsewhere=one)
+    for name, grad in whole.items():
+        assert ((first[name] + second[name]) / 2 - grad).norm() < 1e-3 * grad.norm() + 1e-7, name
+
+
 def test_checkpointed_layers_train_as_others_do(build: Any, rows: dict[str, list[Any]]) -> None:
     block = {"estimator": "sampled", "context": "prompt", "rollouts_per_prompt": 2}
     how = {"optim": "sgd", "learning_rate": 0.01}
