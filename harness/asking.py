@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError, StageError
-from harness.stages import OWN, External, Recipe, Source, slot
+from harness.stages import OWN, RECIPE, External, Output, Recipe, Source, slot
+from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, Trace
 
-RECIPE = "recipe.yml"
 ANSWERS = "answers"  # the folder inside a stage's that lm-eval fills
 NF4_COPY = "nf4"
 DATE = "[0-9][0-9][0-9][0-9]-*"  # how lm-eval ends its file names; a task may be named as another's beginning
-TOOLS = ("lm_eval", "transformers", "torch", "datasets", "thinkswitch_plugin")
+TOOLS = ("lm_eval", "transformers", "torch", "datasets", "vllm", "sglang", "math_verify", "thinkswitch_plugin")
+SERVED = ("vllm", "sglang")  # models of lm-eval's that take a seed of their own, and not lm-eval's
 # What a recipe may say to lm-eval alone but not to a loop, and why.
 UNFIT = {
     "use_cache": "lm-eval would give one checkpoint's answers for another's",
@@ -53,14 +54,16 @@ class Settings:
     include_path: Path | None = None
 
 
-def recipe_for(recipe: Recipe, settings: Settings, tasks: Sequence[str]) -> tuple[Recipe, dict[str, Source]]:
-    """An lm-eval config for the input `checkpoint` and these tasks, and what it reads beside that.
+def recipe_for(
+    recipe: Recipe, settings: Settings, tasks: Sequence[str], checkpoint: Source
+) -> tuple[Recipe, dict[str, Source]]:
+    """An lm-eval config for a checkpoint and these tasks, and what it reads.
 
     Raises:
         LoopError: if the recipe has a setting with which the loop could not go on.
     """
     result = copy.deepcopy(recipe)
-    inputs: dict[str, Source] = {}
+    inputs: dict[str, Source] = {"checkpoint": checkpoint}
     arguments = result.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise LoopError("lm-eval recipe: model_args: must be a mapping, as in model_args: {dtype: float32}")
@@ -71,6 +74,13 @@ def recipe_for(recipe: Recipe, settings: Settings, tasks: Sequence[str]) -> tupl
             "lm-eval recipe: model_args: think_end_token: nobody could tell which traces closed; take it out of the "
             "recipe, traces are taken away before anything is graded"
         )
+    if arguments.get("base_url") and isinstance(checkpoint, Output):
+        raise LoopError(
+            "lm-eval recipe: model_args: base_url: a server answers with the checkpoint it was started with, not with "
+            "this iteration's; use it with --iters 0, or model: vllm"
+        )
+    if result.get("model") in SERVED:
+        arguments = {"seed": settings.seed, **arguments}
     result["model_args"] = {**arguments, "pretrained": slot("checkpoint")}
     result["tasks"] = list(tasks)
     result["output_path"] = f"{OWN}/{ANSWERS}/results.json"  # a .json: no further folder named after the model
@@ -96,6 +106,13 @@ def commands_for(recipe: Recipe, nf4: bool) -> list[tuple[str, ...]]:
 def device_of(recipe: Recipe) -> Any:
     """ "cpu" where a recipe says that it wants no accelerator."""
     return "cpu" if recipe.get("device") == "cpu" else "gpu"
+
+
+def is_wide(recipe: Recipe) -> bool:
+    """Whether a recipe spreads one checkpoint over several devices."""
+    arguments = recipe["model_args"]
+    several = any(int(arguments.get(key) or 1) > 1 for key in ("tensor_parallel_size", "data_parallel_size"))
+    return several or bool(arguments.get("parallelize"))
 
 
 def asked_tasks(folder: Path) -> dict[str, int]:
@@ -168,3 +185,15 @@ def texts(sample: Mapping[str, Any], task: str) -> list[str]:
 def prompt_of(sample: Mapping[str, Any]) -> Any:
     """What the model was asked, as it was asked: a text, or messages of a server."""
     return sample["arguments"]["gen_args_0"]["arg_0"]
+
+
+def opened_trace(sample: Mapping[str, Any]) -> bool:
+    """Whether the prompt had opened the answer's trace: the task says so, or else the prompt as it was logged."""
+    prompt = prompt_of(sample)
+    ends_open = isinstance(prompt, str) and prompt.rstrip().endswith(tuple(opening for opening, _ in DEFAULT_TAGS))
+    return bool(sample["doc"].get("trace_opened", ends_open))
+
+
+def after_trace(text: str, trace: Trace) -> str:
+    """What is graded of a text that was taken apart: as it was written if it has no trace."""
+    return text if trace.reasoning is None else trace.answer or ""

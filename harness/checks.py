@@ -1,6 +1,7 @@
 """Whether a run can work, found out before anything is loaded.
 
-Each check looks at files only (configs, headers, tokenizers) and raises `LoopError` with what, where and what to do.
+Each check looks at files (configs, headers, tokenizers; a hub's are fetched first) and raises `LoopError` with what,
+where and what to do.
 """
 
 from __future__ import annotations

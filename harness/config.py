@@ -6,6 +6,8 @@ recipe.
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -205,7 +207,8 @@ def rooted(settings: Mapping[str, Any], base: Path) -> dict[str, Any]:
 def read_recipes(config: LoopConfig, changes: Sequence[str] = ()) -> dict[str, Recipe]:
     """The native recipes by the name of their stage, with what each tool needs of them present.
 
-    A local file that a recipe names is one of the working folder, as for the tool itself, or else of the recipe's own.
+    A local file, folder or pattern that a recipe names is of the working folder, as for the tool itself, or else of the
+    recipe's own.
 
     Args:
         config: names them.
@@ -230,11 +233,6 @@ def read_recipes(config: LoopConfig, changes: Sequence[str] = ()) -> dict[str, R
             if name not in recipes:
                 raise LoopError(f"--set {'.'.join(place)}: this run has no recipe {name}; it has {', '.join(recipes)}")
             put(recipes[name], place[1:], value)
-    for name, key in (("distill", "datasets"), ("reconstruct", "base_model")):
-        if not recipes[name].get(key):
-            raise LoopError(f"{files[name]}: has no {key}; the {name} stage needs it")
-    if not isinstance(recipes["distill"]["datasets"], list) or not isinstance(recipes["distill"]["datasets"][0], dict):
-        raise LoopError(f"{files['distill']}: datasets: must be a list of data sets")
     return recipes
 
 
@@ -286,8 +284,10 @@ def located(value: Any, folder: Path) -> Any:
         return [located(inner, folder) for inner in value]
     if isinstance(value, str) and 1 < len(value) < 512 and re.search(r"[/.]", value) and "\n" not in value:
         for base in (Path.cwd(), folder):
-            if (base / value).exists():
+            if os.path.exists(base / value):  # a Path raises for what is too long to be a name
                 return str((base / value).resolve())
+            if any(sign in value for sign in "*?[") and glob.glob(str(base / value), recursive=True):
+                return str(base / value)
     return value
 
 

@@ -9,14 +9,15 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError, StageError
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 22
 
 
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
@@ -24,7 +25,7 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
 
     `durable`: it is on the disk when this returns.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
         beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
         if durable:
@@ -60,12 +61,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+def digest(path: Path, on_piece: Callable[[int], None] = lambda done: None) -> str:
+    """SHA-256 of a file's content, in hexadecimal; `on_piece` is told the bytes read so far."""
+    total, done = hashlib.sha256(), 0
     with path.open("rb") as file:
-        total = hashlib.sha256()
         while chunk := file.read(CHUNK_BYTES):
             total.update(chunk)
+            done += len(chunk)
+            on_piece(done)
     return total.hexdigest()
 
 
@@ -86,4 +89,4 @@ def disk_errors(where: Path) -> Iterator[None]:
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise LoopError(f"{where}: cannot be written ({error.strerror}); choose another folder by --out") from None
-        raise
+        raise StageError(f"{where}: {error.strerror or error}") from None

@@ -20,9 +20,8 @@ from typing import Any
 
 import yaml
 
-from harness.asking import asked_tasks, samples, texts
+from harness.asking import after_trace, asked_tasks, opened_trace, samples, texts
 from harness.errors import LoopError
-from harness.outcomes import after_trace, opened_trace
 from thinkswitch_plugin.trace_stripping import split_trace
 
 EXAMPLE = """\

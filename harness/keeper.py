@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import functools
 import importlib
 import json
@@ -43,7 +44,6 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import psutil
-from filelock import FileLock
 
 # What a bare command imports before its first useful line. One that cannot be imported is the command's to complain of.
 PRELOAD = [
@@ -77,8 +77,8 @@ MIB = 2**20
 class Command:
     """One command that runs."""
 
-    def __init__(self, number: int, pid: int, hold: FileLock | None):
-        """`pid` is its leader's; `hold` is locked and is let go once nothing of the command is alive."""
+    def __init__(self, number: int, pid: int, hold: int | None):
+        """`pid` is its leader's; `hold`, a locked file's descriptor, is let go once nothing of the command is alive."""
         self.number, self.pid, self.hold = number, pid, hold
         self.kill_at: float | None = None
 
@@ -137,9 +137,11 @@ class Keeper:
 
     def start(self, order: dict[str, Any]) -> None:
         """Fork a leader for the command."""
-        hold = FileLock(order["hold"]) if order.get("hold") else None
-        if hold:
-            hold.acquire()
+        hold = None
+        if order.get("hold"):
+            # A plain lock, which forks share: it is held as long as one of them lives, whoever dies first.
+            hold = os.open(order["hold"], os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(hold, fcntl.LOCK_EX)
         pid = os.fork()
         if pid == 0:
             self.link.close()
@@ -170,12 +172,28 @@ class Keeper:
             if pid == 0:
                 return
             if command := self.running.pop(pid, None):
-                send(signal.SIGKILL, [p for p in psutil.Process().children() if p.pid not in self.running])
-                if command.hold:
-                    command.hold.release()
+                self.clear()
+                if command.hold is not None:
+                    fcntl.flock(command.hold, fcntl.LOCK_UN)
+                    os.close(command.hold)
                 code = os.waitstatus_to_exitcode(status)
+                if command.kill_at and code == 0:
+                    code = -signal.SIGTERM  # what was told to end has not done what it was to do
                 cpu_s = used.ru_utime + used.ru_stime
                 self.say(ended=command.number, code=code, cpu_s=cpu_s, peak_mb=used.ru_maxrss * 1024 / MIB)
+
+    def clear(self) -> None:
+        """Kill what a leader that was itself killed has left: it is the keeper's now."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            left = [p for p in psutil.Process().children() if p.pid not in self.running]
+            if not left:
+                return
+            send(signal.SIGKILL, [process for orphan in left for process in tree(orphan.pid)])
+            for orphan in left:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(orphan.pid, os.WNOHANG)
+            time.sleep(0.01)
 
 
 def send(number: int, processes: list[psutil.Process]) -> None:
@@ -320,7 +338,7 @@ def main() -> None:
 
     def leave(*_: object) -> None:
         end_everything()
-        os._exit(0)
+        os._exit(1)  # a leader leaves so, too, and its command has not ended well then
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)

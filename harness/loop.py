@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,27 +17,14 @@ from typing import Any
 
 from harness import checks, outcomes, page, schedule, tasks
 from harness.config import LoopConfig
-from harness.errors import LoopError, Stopped
+from harness.errors import LoopError, StageError
 from harness.files import below, digest, disk_errors, write_json
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
-from harness.runner import LocalRunner, Runner, Usage, gpus, has_accelerator
+from harness.runner import Runner, Usage, devices, start
 from harness.stages import External, Keys, Output, Recipe, Stage, dump, placed
-from harness.store import Known, Store, loaded, stamp
+from harness.store import Known, Store, is_checkpoint, loaded, stamp
 from harness.view import View
-
-STACK = (
-    "thinkswitch",
-    "axolotl",
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "bitsandbytes",
-    "mergekit",
-    "lm_eval",
-    "datasets",
-)
 
 
 @dataclass(frozen=True)
@@ -64,6 +53,7 @@ class Run:
         keys: of the steps' stages.
         pair: the folders of the two checkpoints as they came.
         watched: External path → its stamp when it was identified.
+        again: keys of stages that are to be done again, whatever the store has of them.
         causes: why stages are other ones than when the run was last asked for.
     """
 
@@ -75,6 +65,7 @@ class Run:
     keys: Keys
     pair: dict[str, Path]
     watched: dict[str, str] = field(default_factory=dict)
+    again: set[str] = field(default_factory=set)
     causes: list[str] = field(default_factory=list)
 
     def record(self, step: Step) -> dict[str, Any] | None:
@@ -93,19 +84,19 @@ class Run:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """The versions of the stack, and digests of our own code in it; a package that is not installed is left out."""
+def versions(tools: tuple[str, ...]) -> dict[str, str]:
+    """The versions of tools, and digests of our own code among them; one that is not installed is left out."""
     import thinkswitch_plugin
     from harness import asking, grading
 
     found = {}
-    for name in STACK:
+    for name in tools:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     plugins = [path for path in below(Path(str(thinkswitch_plugin.__file__)).parent) if path.suffix == ".py"]
-    graders = [Path(str(module.__file__)) for module in (asking, grading, outcomes)]
+    graders = [Path(str(module.__file__)) for module in (asking, grading)]
     return {**found, "thinkswitch_plugin": code_of(plugins), "grading": code_of(graders)}
 
 
@@ -129,7 +120,11 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
     known = Known(store.root / ".known.json", view.hashing)
     if wishes.verify:
         known.forget()
-    externals = {role: identified(path, on_hub[role], known) for role, path in pair.items()}
+    watched = {str(path): stamp(path) for path in pair.values()}
+    try:
+        externals = {role: identified(path, on_hub[role], known) for role, path in pair.items()}
+    finally:
+        known.save()  # however this ends: 8 GB are not read twice
     asked = [*config.prompt_tasks, *config.tasks]
     found = tasks.find(asked, config.include_path, store.root / ".tasks.json")
     prompt_tasks, test_tasks = (
@@ -140,8 +135,14 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
 
     def identify(key: str, text: str) -> str | None:
         path = Path(text)
-        if not path.is_absolute() or not (path.is_file() or (key == "path" and path.is_dir())):
-            return None  # a folder is data where a data set names it, and else a place to write to
+        if not path.is_absolute():
+            return None
+        if key == "data_files" and any(sign in text for sign in "*?["):
+            return " ".join(known.path(Path(found)) for found in sorted(glob.glob(text, recursive=True)))
+        # A folder is read where it is a model or a data set names it; else it is a place to write to.
+        if not (os.path.isfile(path) or (os.path.isdir(path) and (key == "path" or is_checkpoint(path)))):
+            return None
+        watched[text] = stamp(path)
         return known.path(path)
 
     tah = frozenset(role for role, path in pair.items() if checks.is_tah(path))
@@ -149,17 +150,17 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
         recipes, externals["instruct"], externals["thinking"], tah, prompt_tasks, test_tasks, prompts, identify
     )
     total = max(config.iterations, *(step["iteration"] for step in noted.get("steps", [])), 0)
-    steps, keys = plan(config, inputs, total), Keys(versions())
+    steps = plan(config, inputs, total)
     known.save()
+    keys = Keys(versions(tuple(dict.fromkeys(tool for step in steps for tool in step.stage.kind.tools))))
     wanted = [step for step in steps if step.iteration <= config.iterations]
     kept = [step for step in steps if step in wanted or store.record(keys[step.stage])]
-    run = Run(config, folder, store, kept, wanted, keys, pair)
-    run.watched = {e.path: stamp(Path(e.path)) for e in externals.values()}
+    run = Run(config, folder, store, kept, wanted, keys, pair, watched)
     run.causes = why(noted.get("steps", []), described(run))
     if wishes.verify:
-        verify(run, view)
+        run.again |= verify(run, view)
     if wishes.again_from:
-        do_again(run, wishes.again_from)
+        run.again |= from_step(run, wishes.again_from)
     return run
 
 
@@ -205,17 +206,19 @@ def described(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def verify(run: Run, view: View) -> None:
-    """Compare the hash of everything that counts as done; what is not what it was counts no more."""
+def verify(run: Run, view: View) -> set[str]:
+    """Compare the hash of everything that counts as done; returns the keys of what is not what it was."""
+    found = set()
     for key in dict.fromkeys(run.keys[step.stage] for step in run.steps):
         view.verifying(key)
         if damaged := run.store.damaged(key):
             view.say(f"{key}: {', '.join(damaged)} changed since it was made; it is done again")
-            run.store.forget(key)
+            found.add(key)
+    return found
 
 
-def do_again(run: Run, name: str) -> None:
-    """Let a step, and all that reads what it leaves, count as not done.
+def from_step(run: Run, name: str) -> set[str]:
+    """The keys of a step, and of all that reads what it leaves.
 
     Raises:
         LoopError: if the run has no such step.
@@ -230,8 +233,7 @@ def do_again(run: Run, name: str) -> None:
     for step in run.steps:
         if stale & {run.keys[stage] for stage in step.stage.needs()}:
             stale.add(run.keys[step.stage])
-    for key in stale:
-        run.store.forget(key)
+    return stale
 
 
 def pending(run: Run) -> dict[str, Stage]:
@@ -240,7 +242,7 @@ def pending(run: Run) -> dict[str, Stage]:
     for step in reversed(run.wanted):
         key = run.keys[step.stage]
         needed = any(key == run.keys[stage] for other in todo.values() for stage in other.needs())
-        if run.store.record(key) is None or (needed and run.store.lacks(key)):
+        if key in run.again or run.store.record(key) is None or (needed and run.store.lacks(key)):
             todo[key] = step.stage
     return dict(reversed(todo.items()))
 
@@ -252,51 +254,80 @@ def perform(run: Run, runner: Runner, view: View, key: str, environment: dict[st
         LoopError: if a command fails or leaves what the loop cannot go on with; the folder stays for a look.
     """
     stage = next(step.stage for step in run.wanted if run.keys[step.stage] == key)
-    with run.store.writing(key) as folder:
-        if folder is None:
-            view.elsewhere(key)
-            return False
-        if run.store.record(key) and not run.store.lacks(key):
-            return True  # by another run, meanwhile
-        for path, seen in run.watched.items():
-            if stamp(Path(path)) != seen:
-                raise LoopError(f"{path} was written to while this run used it; run the same command again")
-        begun = time.monotonic()
-        run.store.clear(key)
-        with disk_errors(folder):
-            paths = write_recipes(run, stage)
-            log = folder / "log.txt"
-            used: list[Usage] = []
-            for number, command in enumerate(commands(stage, paths)):
-                view.command(key, stage, number, command)
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(f"$ {' '.join(command)}\n")
-                told = partial(view.progress, key, stage)
-                used.append(runner.run(command, environment, log, run.store.hold(key), told))
-            for source, target in stage.renames:
-                (folder / source).rename(folder / target)
-            for pattern in stage.scratch:
-                for left in folder.glob(pattern):
-                    shutil.rmtree(left)
-            facts = stage.kind.read(folder, stage)
-        run.store.finish(
-            key,
-            {
-                "kind": stage.kind.name,
-                "checkpoint": stage.kind.checkpoint,
-                "made_by": run.config.name,
-                "reads": run.keys.material(stage),
-                "commands": commands(stage, paths),
-                "wall_s": time.monotonic() - begun,
-                "body_s": sum(usage.wall_s for usage in used),
-                "cpu_s": sum(usage.cpu_s for usage in used),
-                "peak_memory_mb": max(usage.peak_mb for usage in used),
-                "peak_gpu_memory_mb": max(usage.gpu_peak_mb for usage in used),
-                "environment": environment,
-                "facts": facts,
-            },
-        )
-    return True
+    try:
+        with run.store.writing(key) as folder:
+            if folder is None:
+                view.elsewhere(key)
+                return False
+            if not run.store.record(key) or run.store.lacks(key):  # else another run has done it meanwhile
+                make(run, runner, view, stage, folder, environment)
+        return True
+    except StageError:
+        raise
+    except LoopError as error:
+        raise StageError(str(error)) from None  # something has been run
+    except Exception as error:
+        raise StageError(f"{key}: {type(error).__name__}: {error}") from error
+
+
+def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, environment: dict[str, str]) -> None:
+    """Do one stage in its folder, which is this process's alone, and mark it done.
+
+    Raises:
+        StageError: if a command fails, leaves no weights where it was to, or what the run reads was written to.
+    """
+    key = run.keys[stage]
+    unchanged(run)
+    begun = time.monotonic()
+    run.store.clear(key)
+    with disk_errors(folder):
+        paths = write_recipes(run, stage)
+        log = folder / "log.txt"
+        used: list[Usage] = []
+        for number, command in enumerate(commands(stage, paths)):
+            view.command(key, stage, number, command)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"$ {' '.join(command)}\n")
+            told = partial(view.progress, key, stage)
+            used.append(runner.run(command, environment, log, run.store.hold(key), told))
+        for source, target in stage.renames:
+            (folder / source).rename(folder / target)
+        for pattern in stage.scratch:
+            for left in folder.glob(pattern):
+                shutil.rmtree(left)
+        inside = stage.kind.checkpoint
+        if inside and not any((folder / inside).glob("*.safetensors")):
+            raise StageError(f"{key}: its commands ended well and left no weights in {folder / inside}\nsee {log}")
+        facts = stage.kind.read(folder, stage)
+    unchanged(run)
+    run.store.finish(
+        key,
+        {
+            "kind": stage.kind.name,
+            "checkpoint": stage.kind.checkpoint,
+            "made_by": run.config.name,
+            "reads": run.keys.material(stage),
+            "commands": commands(stage, paths),
+            "wall_s": time.monotonic() - begun,
+            "body_s": sum(usage.wall_s for usage in used),
+            "cpu_s": sum(usage.cpu_s for usage in used),
+            "peak_memory_mb": max(usage.peak_mb for usage in used),
+            "peak_gpu_memory_mb": max(usage.gpu_peak_mb for usage in used),
+            "environment": environment,
+            "facts": facts,
+        },
+    )
+
+
+def unchanged(run: Run) -> None:
+    """See that nobody wrote to what the run reads since it was looked at.
+
+    Raises:
+        StageError: naming what was written to.
+    """
+    for path, seen in run.watched.items():
+        if not os.path.exists(path) or stamp(Path(path)) != seen:
+            raise StageError(f"{path} was written to while this run used it; run the same command again")
 
 
 def write_recipes(run: Run, stage: Stage) -> dict[str, str]:
@@ -311,7 +342,7 @@ def write_recipes(run: Run, stage: Stage) -> dict[str, str]:
     return paths
 
 
-def go(run: Run, view: View, runner: LocalRunner | None = None) -> dict[str, Any]:
+def go(run: Run, view: View, runner: Runner | None = None) -> dict[str, Any]:
     """Do what is left of a run; returns what `results.json` holds.
 
     Args:
@@ -322,11 +353,18 @@ def go(run: Run, view: View, runner: LocalRunner | None = None) -> dict[str, Any
     Raises:
         LoopError: with what went wrong; what was finished stays finished.
     """
+    with run.folder.alive():
+        return _carried_out(run, view, runner)
+
+
+def _carried_out(run: Run, view: View, runner: Runner | None) -> dict[str, Any]:
     todo = pending(run)
     if todo:
         checks.check_disk(run.store.root, run.pair["thinking"], sum(bool(s.kind.checkpoint) for s in todo.values()))
     settings = run.config.model_dump(mode="json")
-    run.folder.note(asked=settings, steps=described(run), versions=versions())
+    for key in run.again:
+        run.store.forget(key)
+    run.folder.note(asked=settings, steps=described(run), versions=run.keys.versions)
     run.folder.unlink_others({(step.iteration, step.name) for step in run.steps})
     published = Published(run, view, todo)
     view.begin(run, todo)
@@ -334,16 +372,23 @@ def go(run: Run, view: View, runner: LocalRunner | None = None) -> dict[str, Any
     if todo:
         run.folder.begin()
         with ExitStack() as stack:
-            runner = runner or stack.enter_context(start_runner(run.folder))
+            if runner is None:
+                runner = start(run.folder.logs / "preload.log")
+                stack.callback(runner.close)
             view.preloading(runner.preloaded)
             runner.wait()
             needs = {key: [run.keys[s] for s in stage.needs() if run.keys[s] in todo] for key, stage in todo.items()}
-            free = schedule.slots(gpus(), run.config.jobs)
+            free = schedule.slots(devices(), run.config.jobs)
             work = partial(perform, run, runner, view)
             try:
                 for key in schedule.run(todo, needs, free, work, run.folder.tick):
-                    published.look(key)
-            except (KeyboardInterrupt, Stopped):
+                    try:
+                        published.look(key)
+                    except LoopError as error:
+                        view.say(f"not published yet: {error}")  # the last word is `write`'s, below
+            except LoopError:
+                raise
+            except BaseException:
                 runner.stop()
                 raise
             finally:
@@ -353,11 +398,6 @@ def go(run: Run, view: View, runner: LocalRunner | None = None) -> dict[str, Any
     results = published.write()
     view.end(run, results)
     return results
-
-
-def start_runner(folder: RunDir) -> LocalRunner:
-    """The runner for this machine: preloaded where no accelerator is, as a fork cannot use one."""
-    return LocalRunner(folder.logs / "preload.log", preloaded=not has_accelerator())
 
 
 class Published:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.asking import asked_tasks, prompt_of, samples, texts
+from harness.asking import after_trace, asked_tasks, opened_trace, samples, texts
 from harness.errors import StageError
 from harness.stats import interval
-from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, Trace, split_trace
+from thinkswitch_plugin.trace_stripping import split_trace
 
 AGAIN = "remove its folder and run the same command again"
 QUESTION_HEX = 16  # of SHA-256: 64 bits, of which no two of a million questions share all
@@ -51,22 +51,10 @@ class Outcome:
     answer_tokens: int | None
 
 
-def opened_trace(sample: Mapping[str, Any]) -> bool:
-    """Whether the prompt had opened the answer's trace: the task says so, or else the prompt as it was logged."""
-    prompt = prompt_of(sample)
-    ends_open = isinstance(prompt, str) and prompt.rstrip().endswith(tuple(opening for opening, _ in DEFAULT_TAGS))
-    return bool(sample["doc"].get("trace_opened", ends_open))
-
-
 def question(sample: Mapping[str, Any]) -> str:
     """A hash of the question's row without what our tasks note there of the model that is asked."""
     row = {name: value for name, value in sample["doc"].items() if name != "trace_opened"}
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:QUESTION_HEX]
-
-
-def after_trace(text: str, trace: Trace) -> str:
-    """What is graded of a text that was taken apart: as it was written if it has no trace."""
-    return text if trace.reasoning is None else trace.answer or ""
 
 
 def closed_share(folder: Path, tasks: Iterable[str]) -> tuple[int, int]:

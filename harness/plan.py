@@ -1,4 +1,4 @@
-"""Which stages a run has. Pure: what there is to read was found out before, what is done is the store's to know.
+"""Which stages a run has. Runs nothing: what there is to read was found out before, what is done the store knows.
 
     iteration 0   evaluate the pair as it came
     iteration k   generate → distill → reconstruct → evaluate

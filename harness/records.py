@@ -118,14 +118,15 @@ def collect(out: Path, keep: str, dry_run: bool = False) -> list[tuple[str, int]
     store = Store(out / "stages")
     referred: dict[str, bool] = {}  # key -> whether its checkpoint may be needed whatever `keep` says
     for name in runs(out):
-        steps = RunDir(out / name).noted()["steps"]
+        run = RunDir(out / name)
+        steps, working = run.noted()["steps"], run.is_alive()
         last = max((step["iteration"] for step in steps), default=0)
-        working = any(store.busy(step["key"]) for step in steps)
         for step in steps:
             needed = working or (keep == "last" and step["iteration"] == last)
             referred[step["key"]] = referred.get(step["key"], False) or needed
     gone = []
-    for key in store.every():
+    # What goes as a whole first: where the disk is full, what is pruned needs room for its marker.
+    for key in sorted(store.every(), key=referred.__contains__):
         folder = store.folder(key)
         if store.busy(key):
             continue

@@ -10,18 +10,20 @@ Knows this folder. What is done is the store's to know: a run that is taken away
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock
 
 from harness.errors import LoopError
 from harness.files import disk_errors, read_json, write_json
 from harness.stages import differences
-from harness.store import link
+from harness.store import held, link
 
 BEAT_S = 5.0  # between two notes of how long this sitting has lasted
 
@@ -75,7 +77,7 @@ class RunDir:
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / ".run.lock"):
-                write_json(self.root / "run.json", {"steps": [], **changed(self.noted())})
+                write_json(self.root / "run.json", {"steps": [], **changed(self.noted())}, durable=True)
 
     def begin(self) -> None:
         """Work begins: from here on time counts."""
@@ -88,11 +90,24 @@ class RunDir:
             return
         self._beat = time.monotonic() + BEAT_S
         lasted = round(time.monotonic() - self._begun, 3)
-        self._change(lambda noted: {**noted, "sittings": {**noted.get("sittings", {}), self._sitting: lasted}})
+        with contextlib.suppress(LoopError, OSError):  # no reason to end what runs: the next one makes good
+            self._change(lambda noted: {**noted, "sittings": {**noted.get("sittings", {}), self._sitting: lasted}})
 
     def wall_s(self) -> float:
         """Wall seconds of all sittings in which this run did something."""
         return float(sum(self.noted().get("sittings", {}).values()))
+
+    def alive(self) -> IO[str]:
+        """Say, for as long as what this returns is open, that a process is at this run, between its stages too."""
+        with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / ".alive").open("a")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        return file
+
+    def is_alive(self) -> bool:
+        """Whether a process is at this run."""
+        return held(self.root / ".alive", fcntl.LOCK_EX)
 
     def link(self, iteration: int, name: str, folder: Path) -> None:
         """Let a stage be found in its iteration."""
@@ -104,8 +119,8 @@ class RunDir:
         for place in self.root.glob("iter_*/*"):
             number = place.parent.name.removeprefix("iter_")
             if place.is_symlink() and number.isdecimal() and (int(number), place.name) not in kept:
-                place.unlink()
-                if not any(place.parent.iterdir()):
+                place.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it is not empty
                     place.parent.rmdir()
 
 

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, Protocol
 import psutil
 
 from harness.errors import StageError
-from harness.keeper import MIB, tree
+from harness.files import disk_errors
+from harness.keeper import MIB, PATIENCE_S, tree
 
 QUIET = {
     "AXOLOTL_DO_NOT_TRACK": "1",  # no usage report leaves the machine unless the user sets this to 0
@@ -63,7 +64,26 @@ class ToolError(StageError):
 
 
 class Runner(Protocol):
-    """Whatever runs a command to its end. Commands may be run from several threads at once."""
+    """Whatever runs commands to their ends, several at once from as many threads.
+
+    Attributes:
+        preloaded: whether it has imported the tools, so that a command need not.
+        preload_s: how long that took, in seconds.
+        busy_s: for how long at least one command was running since.
+    """
+
+    preloaded: bool
+    preload_s: float
+    busy_s: float
+
+    def wait(self) -> None:
+        """Block until commands can be run."""
+
+    def stop(self) -> None:
+        """End every command that is running, and let no other begin. The threads that ran them get a `ToolError`."""
+
+    def close(self) -> None:
+        """Let everything go."""
 
     def run(
         self,
@@ -107,10 +127,13 @@ class LocalRunner:
         self._stopped = self._gone = False
         self._busy_since: float | None = None
         self._link, theirs = socket.socketpair()
-        log.parent.mkdir(parents=True, exist_ok=True)
-        bin_folder = str(Path(sys.executable).parent)
-        path = os.environ.get("PATH", "")
-        environment = {**QUIET, **os.environ, "PATH": path if bin_folder in path else f"{bin_folder}{os.pathsep}{path}"}
+        self.log = log
+        with disk_errors(log.parent):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
+        # This environment's own tools first, whatever stands in PATH.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        environment = {**QUIET, **os.environ, "PATH": path}
         options = ["--parent", str(os.getpid()), *(["--preload"] if preloaded else [])]
         with log.open("ab") as sink:
             self._keeper = subprocess.Popen(
@@ -173,13 +196,16 @@ class LocalRunner:
             self._order(stop=number)
 
     def close(self) -> None:
-        """Let the keeper go, and with it everything that still runs."""
+        """Let the keeper go, and with it everything that still runs; what was told to stop gets its time to."""
+        deadline = time.monotonic() + PATIENCE_S
+        for event in list(self._events.values()) if self._stopped else []:
+            event.wait(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(OSError):
             self._link.shutdown(socket.SHUT_RDWR)
         if not self._ready.is_set():
             self._keeper.terminate()  # it is importing and does not listen
         try:
-            self._keeper.wait(6)
+            self._keeper.wait(5)
         except subprocess.TimeoutExpired:
             self._keeper.kill()
             self._keeper.wait()
@@ -195,7 +221,9 @@ class LocalRunner:
         self, title: str, command: list[str], environment: Mapping[str, str], log: Path, hold: Path | None
     ) -> tuple[int, threading.Event]:
         with self._lock:
-            if self._stopped or self._gone:
+            if self._gone and not self._stopped:
+                raise ToolError(f"{title} failed: the process that runs commands was killed\nits log: {self.log}")
+            if self._stopped:
                 raise ToolError(f"{title}: stopped before it began")
             self._number += 1
             number, done = self._number, threading.Event()
@@ -237,6 +265,11 @@ class LocalRunner:
             event.set()
 
 
+def start(log: Path) -> LocalRunner:
+    """The runner for this machine: preloaded where no accelerator is, as a fork cannot use one."""
+    return LocalRunner(log, preloaded=not has_accelerator())
+
+
 class Memory:
     """The peak memory of a process and all below it, by looking now and then."""
 
@@ -275,6 +308,11 @@ def gpus() -> list[str]:
 def has_accelerator() -> bool:
     """Whether a tool may find one: an NVIDIA GPU, or AMD's driver."""
     return bool(gpus()) or Path("/dev/kfd").exists()
+
+
+def devices() -> list[str]:
+    """What `gpus` finds, or one for all of another maker's, which are not told apart."""
+    return gpus() or (["0"] if has_accelerator() else [])
 
 
 def nvml_handles() -> list[Any]:

@@ -49,7 +49,7 @@ def slots(gpus: Sequence[str], jobs: int) -> list[Slot]:
         One slot a GPU, and `jobs` (or one) for the CPU.
     """
     count = 1 if gpus else jobs
-    threads = str(max(1, (os.cpu_count() or 1) // (len(gpus) + count)))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // (len(gpus) + count)))
     base = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     on_gpu = [Slot(f"gpu:{i}", {**base, "CUDA_VISIBLE_DEVICES": name}) for i, name in enumerate(gpus)]
     # Without a GPU several processes of one training (torchrun) must be told that they are to meet on the CPU.
@@ -88,7 +88,7 @@ def run(
 
     Raises:
         LoopError: of the first stage that failed, once those beside it have ended; none begins after it. Anything else,
-            Ctrl-C above all, is raised at once: ending the commands that run is the caller's.
+            a stop above all, is raised at once: ending the commands that run is the caller's.
     """
     sorter = TopologicalSorter(needs)
     sorter.prepare()

@@ -11,12 +11,14 @@ finish is cleared away before it runs again. Knows keys and files; what a key is
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import fcntl
 import fnmatch
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,10 +91,7 @@ class Store:
 
     @contextmanager
     def writing(self, key: str) -> Iterator[Path | None]:
-        """Be the one who works on a stage: its folder, cleared; None if another process does.
-
-        Nothing of an earlier worker that was killed is alive any more when this returns.
-        """
+        """Be the one who works on a stage: its folder; None if another process does, or is dying over it still."""
         with disk_errors(self.root):
             (self.root / ".locks").mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".locks" / f"{key}.lock")
@@ -102,9 +101,8 @@ class Store:
             yield None
             return
         try:
-            with FileLock(self.hold(key)):
-                pass
-            yield self.folder(key)
+            free = held(self.hold(key), fcntl.LOCK_EX) is False
+            yield self.folder(key) if free else None
         finally:
             lock.release()
 
@@ -124,12 +122,7 @@ class Store:
 
     def busy(self, key: str) -> bool:
         """Whether a process works on a stage now."""
-        lock = self.root / ".locks" / f"{key}.lock"
-        if not lock.exists():
-            return False
-        with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
-            return False
-        return True
+        return held(self.root / ".locks" / f"{key}.lock", fcntl.LOCK_SH)
 
     def finish(self, key: str, facts: dict[str, Any]) -> None:
         """Mark a stage done: all it left is hashed and on the disk before the marker is."""
@@ -145,16 +138,25 @@ class Store:
             write_json(folder / MARKER, {"key": key, **facts, "outputs": outputs}, durable=True)
 
     def prune(self, key: str, inside: str) -> int:
-        """Take a finished stage's checkpoint away; returns the bytes that are free now."""
-        record = self.record(key)
-        gone = self.folder(key) / inside
-        if record is None or not gone.is_dir():
-            return 0
-        size = sum(path.stat().st_size for path in below(gone))
-        names = [name for name in record["outputs"] if name.startswith(f"{inside}/")]
-        write_json(self.folder(key) / MARKER, {**record, "pruned": names}, durable=True)
-        shutil.rmtree(gone)
-        return size
+        """Take a finished stage's checkpoint away; returns the bytes that are free now, 0 if a process works on it."""
+        with self.writing(key) as folder:
+            record = self.record(key)
+            if folder is None or record is None or not (folder / inside).is_dir():
+                return 0
+            files = below(folder / inside)
+            size = sum(path.stat().st_size for path in files)
+            names = [name for name in record["outputs"] if name.startswith(f"{inside}/")]
+            with disk_errors(folder):
+                try:
+                    write_json(folder / MARKER, {**record, "pruned": names}, durable=True)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    # Room for the marker itself; were this to end here, the stage would count as not done.
+                    max(files, key=lambda path: path.stat().st_size).unlink()
+                    write_json(folder / MARKER, {**record, "pruned": names}, durable=True)
+                shutil.rmtree(folder / inside)
+            return size
 
     def remove(self, key: str) -> int:
         """Take a whole stage away; returns the bytes that are free now, 0 if a process works on it."""
@@ -184,8 +186,10 @@ class Known:
         return self._combined(folder, loaded(folder))
 
     def path(self, path: Path) -> str:
-        """What a file is, or all that is below a folder."""
-        return self._combined(path, below(path)) if path.is_dir() else self.digest(path)
+        """What a file is, a checkpoint, or all that is below another folder."""
+        if path.is_file():
+            return self.digest(path)
+        return self.checkpoint(path) if is_checkpoint(path) else self._combined(path, below(path))
 
     def digest(self, path: Path) -> str:
         """As `files.digest`, of a file that may have been read before."""
@@ -194,7 +198,8 @@ class Known:
         seen = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         kept = self._kept.get(str(real))
         if not (isinstance(kept, list) and kept[:3] == seen and len(kept) == 4):
-            kept = self._kept[str(real)] = [*seen, self._read(real, stat.st_size)]
+            told = self.on_hash or (lambda name, done, size: None)
+            kept = self._kept[str(real)] = [*seen, digest(real, lambda done: told(real.name, done, stat.st_size))]
         return str(kept[3])
 
     def save(self) -> None:
@@ -211,15 +216,10 @@ class Known:
         lines = [f"{path.relative_to(folder)}\0{self.digest(path)}\n" for path in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def _read(self, path: Path, size: int) -> str:
-        total, done = hashlib.sha256(), 0
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                total.update(chunk)
-                done += len(chunk)
-                if self.on_hash:
-                    self.on_hash(path.name, done, size)
-        return total.hexdigest()
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a model, an adapter or a tokenizer to its loader."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "tokenizer_config.json"))
 
 
 def loaded(folder: Path) -> list[Path]:
@@ -228,19 +228,40 @@ def loaded(folder: Path) -> list[Path]:
     return [path for path in files if any(fnmatch.fnmatch(path.name, like) for like in READ)]
 
 
+def held(lock: Path, how: int) -> bool:
+    """Whether another process has a lock; asked with `fcntl.LOCK_SH` it is not in the way of who asks the same."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def stamp(path: Path) -> str:
-    """Size, time and inode of a file, or of a checkpoint's: if this is the same, nobody wrote to it since."""
-    stats = [(file.name, file.stat()) for file in (loaded(path) if path.is_dir() else [path])]
+    """Size, time and inode of a file, a checkpoint's files or a folder's: if this is the same, nobody wrote to it."""
+    files = [path] if path.is_file() else loaded(path) if is_checkpoint(path) else below(path)
+    stats = [(str(file), file.stat()) for file in files]
     return json.dumps([(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats])
 
 
 def link(place: Path, target: Path) -> None:
     """A relative link, made in one step."""
-    place.parent.mkdir(parents=True, exist_ok=True)
     to = os.path.relpath(target, place.parent)
     if place.is_symlink() and os.readlink(place) == to:
         return
-    beside = place.with_name(f".{place.name}.{os.getpid()}.new")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(to)
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.new")
+    for last in (False, True):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.symlink_to(to)
+            break
+        except FileNotFoundError:  # another run of this name took the folder away, as it was empty
+            if last:
+                raise
     os.replace(beside, place)

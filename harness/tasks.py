@@ -13,6 +13,7 @@ import ast
 import glob
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -257,7 +258,7 @@ def drawn_on(path: Path, roots: Sequence[Path]) -> set[Path]:
     todo = [path.resolve()]
     while todo:
         file = todo.pop()
-        if file in found or not file.is_file():
+        if file in found or not os.path.isfile(file):
             continue
         found.add(file)
         if file.suffix == ".py":

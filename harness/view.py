@@ -1,10 +1,12 @@
 """Shows a run at the terminal: live as it goes, as plain lines where nobody watches, and as the closing tables.
 
-Knows Rich. Is told what happens by `loop` and never asks.
+Knows Rich. Is told what happens by `loop`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -71,7 +73,14 @@ class View:
     def say(self, text: str, style: str = "") -> None:
         """A line."""
         if not self.quiet:
-            self.console.print(text, soft_wrap=True, style=style, markup=False)
+            self._print(text, soft_wrap=True, style=style, markup=False)
+
+    def _print(self, *what: Any, **how: Any) -> None:
+        """Print, if somebody is there: a terminal that has gone away ends no run."""
+        try:
+            self.console.print(*what, **how)
+        except (OSError, SystemExit):  # Rich ends the program where a pipe is broken
+            self.console.file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def hashing(self, name: str, done: int, size: int) -> None:
         """A file of an input is being read to know what it is."""
@@ -96,7 +105,7 @@ class View:
         if run.causes:
             for cause in run.causes:
                 self.say(cause)
-            self.say(f"{len(todo)} of {self.stages} stages depend on that and run again")
+            self.say(f"{len(todo)} of {self.stages} stages are to be run")
         elif self.done:
             self.say(f"continuing {root}: {self.done} of {self.stages} stages are done")
         else:
@@ -163,15 +172,15 @@ class View:
         """The run is over: the table, where the time went, and where everything lies."""
         self.close()
         rows = results["rows"]
-        self.console.print(table(rows))
+        self._print(table(rows))
         if self.quiet:
             return
         if cells := pass_cells(rows):
             passes = Table(*PASS_HEADS, title="passes of TaH checkpoints", title_justify="left")
             for line in cells:
                 passes.add_row(*line)
-            self.console.print(passes)
-        self.console.print(kind_table([(step, record) for step in run.steps if (record := run.record(step))]))
+            self._print(passes)
+        self._print(kind_table([(step, record) for step in run.steps if (record := run.record(step))]))
         cost = "" if results["cost_usd"] is None else f", {results['cost_usd']:.2f} US dollars"
         self.say(f"{clock(results['wall_s'])}{cost} in all")
         self.say(f"checkpoints, logs and scores: {run.folder.root}\nto look at: {run.folder.report}")
@@ -179,7 +188,8 @@ class View:
     def close(self) -> None:
         """Take the live view off the screen."""
         if self.live:
-            self.live.stop()
+            with contextlib.suppress(OSError, SystemExit):
+                self.live.stop()
             self.live = None
 
     def _drop(self, key: str) -> None:
@@ -206,7 +216,8 @@ class View:
 
     def _refresh(self) -> None:
         if self.live:
-            self.live.refresh()
+            with contextlib.suppress(OSError, SystemExit):
+                self.live.refresh()
 
 
 def _name(step: Step) -> str:

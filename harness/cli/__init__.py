@@ -6,13 +6,13 @@ SIGTERM, 129 SIGHUP).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from types import FrameType
 
 import click
-from click.core import ParameterSource
 
 from harness.cli import gc, logs, loop, status, think_map
 from harness.errors import LoopError, Stopped
@@ -34,20 +34,7 @@ Completion for your shell: eval "$(_TS_LOOP_COMPLETE=bash_source ts-loop)"   (or
 """
 
 
-class Group(click.Group):
-    """A group whose own options are the loop's: they do not go with another command."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        """Refuse the loop's options before any other command than the loop."""
-        if ctx._protected_args:
-            for parameter in self.params:
-                if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
-                    other = ctx._protected_args[0]
-                    raise click.UsageError(f"{parameter.opts[0]} is the loop's, not an option of {other}")
-        return super().invoke(ctx)
-
-
-command = Group(
+command = click.Group(
     name="ts-loop",
     callback=loop.callback,
     params=loop.PARAMETERS,
@@ -74,17 +61,20 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, _stop)
     code: object = 0
+    said = ""
     try:
         code = command.main(standalone_mode=False)
     except LoopError as error:
-        click.echo(f"ts-loop: {error}", err=True)
-        code = error.code
+        said, code = str(error), error.code
     except Stopped as stopped:
-        click.echo("ts-loop: stopped; what is finished is kept, run the same command again to continue", err=True)
-        code = stopped.code
+        said, code = "stopped; what is finished is kept, run the same command again to continue", stopped.code
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has seen enough
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: os._exit(128 + number))  # a second one: the keeper ends with us
+    if said:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            click.echo(f"ts-loop: {said}", err=True)
     sys.exit(code if isinstance(code, int) else 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 HELP = """Move a thinking checkpoint's skill into its instruct twin.
 
@@ -29,7 +30,7 @@ PARAMETERS: list[click.Parameter] = [
     click.Option(
         ["--t"],
         type=float,
-        help="Weight of instruct in the rebuilt thinking checkpoint, 0 to 1.  [default: the recipe's, 0.1]",
+        help="Weight of instruct in the rebuilt thinking checkpoint, 0 to 1.  [default: the recipe's]",
     ),
     click.Option(
         ["--anchor"],
@@ -87,11 +88,14 @@ def callback(
     **overrides: Any,
 ) -> None:
     """Run the loop, unless another command is meant."""
-    if context.invoked_subcommand:
+    if other := context.invoked_subcommand:
+        for parameter in context.command.params:
+            if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{parameter.opts[0]} is the loop's, not an option of {other}")
         return
     from rich.console import Console
 
-    from harness import loop
+    from harness import loop, runner
     from harness.config import load, read_recipes, recipes_folder
     from harness.view import View
 
@@ -108,16 +112,17 @@ def callback(
     out = out.resolve()
     with ExitStack() as stack:
         stack.callback(view.close)
-        runner = None
+        begun = None
         if not dry_run and not (out / "stages").exists():
             loop.check_pair(settings)
             # Nothing can be done yet: what takes longest begins at once.
-            runner = stack.enter_context(loop.start_runner(loop.RunDir(out / settings.name)))
+            begun = runner.start(out / settings.name / "logs" / "preload.log")
+            stack.callback(begun.close)
         run = loop.prepare(settings, recipes, out, view, wishes)
         if dry_run:
             click.echo("\n".join(loop.dry(run)))
             return
-        results = loop.go(run, view, runner)
+        results = loop.go(run, view, begun)
     if as_json:
         click.echo(json.dumps(results, indent=2))
 

@@ -25,6 +25,7 @@ Recipe = dict[str, Any]
 Facts = dict[str, Any]
 
 OWN = "<<stage>>"
+RECIPE = "recipe.yml"  # the recipe's name in a stage's folder
 STAND_IN = re.compile(r"<<(\w+)>>")
 KEY_HEX = 20  # of SHA-256: 80 bits, of which no two works of one store share all
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.asking import ANSWERS, DATE, RECIPE
+from harness.asking import ANSWERS, DATE
 from harness.errors import LoopError
 from harness.files import read_json
-from harness.stages import OWN, Facts, Kind, Output, Recipe, Source, Stage, slot
+from harness.stages import OWN, RECIPE, Facts, Kind, Output, Recipe, Source, Stage, slot
 from thinkswitch_plugin.on_policy_kl import report as on_policy_kl
 from thinkswitch_plugin.trace_stripping import report as trace_stripping
 
@@ -57,8 +57,11 @@ def build(
         tasks: whose answers these are.
 
     Raises:
-        LoopError: if its adapter is one that cannot be merged.
+        LoopError: if it has no data sets, or its adapter is one that cannot be merged.
     """
+    entries = recipe.get("datasets")
+    if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
+        raise LoopError("distill recipe: datasets: must be a list, whose first entry stands for the labels")
     resolved = copy.deepcopy(recipe)
     inputs: dict[str, Source] = {"instruct": instruct, "labels": Output(labels, ANSWERS)}
     like, *further = resolved["datasets"]
@@ -75,7 +78,7 @@ def build(
     ]
     resolved["datasets"] = learnt + further
     resolved["base_model"] = slot("instruct")
-    if resolved.get("on_policy_kl", {}).get("teacher", "self") != "self":
+    if (resolved.get("on_policy_kl") or {}).get("teacher", "self") != "self":
         resolved["on_policy_kl"]["teacher"] = slot("thinking")
         inputs["thinking"] = thinking
     adapter = resolved.get("adapter")

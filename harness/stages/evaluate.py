@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness import asking, outcomes
-from harness.asking import ANSWERS, NF4_COPY, RECIPE, Settings
+from harness.asking import ANSWERS, NF4_COPY, Settings
 from harness.errors import LoopError
 from harness.files import read_json
-from harness.stages import OWN, Facts, Kind, Recipe, Source, Stage
+from harness.stages import OWN, RECIPE, Facts, Kind, Recipe, Source, Stage
 from harness.tasks import Task
 
 GRADED, PASSES = "graded.jsonl", "passes.json"
@@ -32,7 +32,7 @@ def build(recipe: Recipe, settings: Settings, tasks: Sequence[Task], checkpoint:
     Raises:
         LoopError: if the recipe would have the answers not scored.
     """
-    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks])
+    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks], checkpoint)
     if resolved.get("predict_only"):
         raise LoopError("evaluate: predict_only: lm-eval would not score the answers; remove it from the recipe")
     if tah:
@@ -47,10 +47,11 @@ def build(recipe: Recipe, settings: Settings, tasks: Sequence[Task], checkpoint:
         KIND,
         {RECIPE: resolved},
         tuple(commands),
-        {"checkpoint": checkpoint, **inputs},
+        inputs,
         tasks={task.name: task.definition for task in tasks},
         scratch=(NF4_COPY,),
         device=asking.device_of(resolved),
+        wide=asking.is_wide(resolved),
     )
 
 

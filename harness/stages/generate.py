@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import asking, outcomes
-from harness.asking import ANSWERS, NF4_COPY, RECIPE, Settings
+from harness.asking import ANSWERS, NF4_COPY, Settings
 from harness.errors import StageError
-from harness.stages import OWN, Facts, Kind, Recipe, Source, Stage
+from harness.stages import OWN, RECIPE, Facts, Kind, Recipe, Source, Stage
 from harness.tasks import Task
 
 PROMPTS = "prompts.jsonl"
@@ -28,22 +28,23 @@ def build(
         thinking: the checkpoint that answers.
         prompts: the user's own, as `read_prompts` gives them, where the task is `prompts_file`.
     """
-    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks])
+    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks], thinking)
     resolved["predict_only"] = True
     files = {}
     if prompts is not None:
-        resolved["metadata"] = {**resolved.get("metadata", {}), "prompts_file": f"{OWN}/{PROMPTS}"}
+        resolved["metadata"] = {**(resolved.get("metadata") or {}), "prompts_file": f"{OWN}/{PROMPTS}"}
         files[PROMPTS] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prompts)
     commands = asking.commands_for(resolved, settings.nf4)
     return Stage(
         KIND,
         {RECIPE: resolved},
         tuple(commands),
-        {"checkpoint": thinking, **inputs},
+        inputs,
         files=files,
         tasks={task.name: task.definition for task in tasks},
         scratch=(NF4_COPY,),
         device=asking.device_of(resolved),
+        wide=asking.is_wide(resolved),
     )
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from harness.asking import RECIPE
 from harness.errors import LoopError
-from harness.stages import OWN, Kind, Recipe, Source, Stage, slot
+from harness.stages import OWN, RECIPE, Kind, Recipe, Source, Stage, slot
 
 CHECKPOINT = "thinking"
 TOOLS = ("mergekit", "torch", "transformers")
@@ -24,26 +23,34 @@ def build(
     """The stage.
 
     Args:
-        recipe: mergekit's config as it is written. Its `base_model` stands for the anchor wherever it is named, so that
-            tokenizer, chat template and generation config come from the thinking side, and the one other model for the
-            instruct checkpoint. Where there are more models, `written` tells which two are meant.
+        recipe: mergekit's config as it is written. The two models that `written` names stand for the pair; where it
+            names others, its `base_model` stands for the anchor and the one other model for the instruct checkpoint.
+            Tokenizer, chat template and generation config come from `base_model`, or else the first model named.
         t: weight of the instruct checkpoint; None leaves the recipe's own.
         anchor: the thinking checkpoint that is interpolated with.
         instruct: the distilled checkpoint.
         written: the pair's names as the recipe may have them: instruct, thinking.
 
     Raises:
-        LoopError: if it cannot be told which models stand for the pair, or there is no one `t` to set.
+        LoopError: if it cannot be told which models stand for the pair, the thinking side would lose its tokenizer, or
+            there is no one `t` to set.
     """
     stand_ins = _stand_ins(recipe, written)
     resolved: Recipe = _replaced(copy.deepcopy(recipe), stand_ins)
+    first = resolved.get("base_model") or next(iter(_names(resolved)), None)
+    if first == slot("instruct") and not resolved.get("tokenizer_source") and not resolved.get("tokenizer"):
+        raise LoopError(
+            "reconstruct recipe: mergekit takes tokenizer and chat template from base_model, or the first model, which "
+            "is the instruct one here: thinking would never open a trace; name the thinking one there"
+        )
     if t is not None:
         further = {key: value for key, value in resolved.items() if key != "parameters"}
         own = (resolved.get("parameters") or {}).get("t", 0.0)
-        if recipe.get("merge_method") not in HAS_T or not isinstance(own, int | float) or _sets_t(further):
+        whole = isinstance(own, int | float) and not _sets_t(further) and first == slot("anchor")
+        if recipe.get("merge_method") not in HAS_T or not whole:
             what = "a t of its own for each part" if recipe.get("merge_method") in HAS_T else "no t"
             raise LoopError(f"--t {t:g}: the reconstruct recipe has {what}; change it there, or leave --t (and t:) out")
-        resolved["parameters"] = {**resolved.get("parameters", {}), "t": t}
+        resolved["parameters"] = {**(resolved.get("parameters") or {}), "t": t}
     command = ("mergekit-yaml", f"{OWN}/{RECIPE}", f"{OWN}/{CHECKPOINT}")
     return Stage(KIND, {RECIPE: resolved}, (command,), {"anchor": anchor, "instruct": instruct}, device="cpu")
 
@@ -64,14 +71,13 @@ def _names(value: Any) -> list[str]:
 
 
 def _stand_ins(recipe: Recipe, written: tuple[str, str] | None) -> dict[str, str]:
-    base = recipe["base_model"]
-    others = [name for name in dict.fromkeys(_names(recipe)) if name != base]
-    if len(others) == 1:
-        return {base: slot("anchor"), others[0]: slot("instruct")}
-    named = dict.fromkeys([base, *others])
+    named, base = dict.fromkeys(_names(recipe)), recipe.get("base_model")
     if written and set(written) <= set(named):
         instruct, thinking = written
         return {thinking: slot("anchor"), instruct: slot("instruct")}
+    others = [name for name in named if name != base]
+    if isinstance(base, str) and len(others) == 1:
+        return {base: slot("anchor"), others[0]: slot("instruct")}
     raise LoopError(
         f"the reconstruct recipe names {len(named)} models ({', '.join(named)}): it must name the pair as loop.yml "
         "does, or two models, base_model the thinking one"

@@ -9,14 +9,27 @@ from typing import Any
 import pytest
 from logged import DATE, lm_eval_output, sample
 
-from harness.asking import Settings, asked_tasks, commands_for, device_of, prompt_of, recipe_for, samples, texts
+from harness.asking import (
+    Settings,
+    asked_tasks,
+    commands_for,
+    device_of,
+    is_wide,
+    prompt_of,
+    recipe_for,
+    samples,
+    texts,
+)
 from harness.errors import LoopError, StageError
+from harness.stages import External, Kind, Output, Stage
 
 RECIPE: dict[str, Any] = {"model": "hf", "model_args": {"pretrained": "a/b", "dtype": "float32"}, "tasks": ["theirs"]}
 
+CAME = External("/came", "what came")
+
 
 def test_a_recipe_is_kept_but_for_what_the_loop_decides() -> None:
-    resolved, inputs = recipe_for({**RECIPE, "batch_size": 8, "limit": 5}, Settings(seed=7), ["mine"])
+    resolved, inputs = recipe_for({**RECIPE, "batch_size": 8, "limit": 5}, Settings(seed=7), ["mine"], CAME)
     assert resolved == {
         "model": "hf",
         "model_args": {"pretrained": "<<checkpoint>>", "dtype": "float32"},
@@ -27,21 +40,21 @@ def test_a_recipe_is_kept_but_for_what_the_loop_decides() -> None:
         "log_samples": True,
         "seed": [7, 7, 7, 7],
     }
-    assert inputs == {}
+    assert inputs == {"checkpoint": CAME}
     assert RECIPE["model_args"]["pretrained"] == "a/b"
 
 
 def test_a_smoke_run_s_limit_and_the_user_s_tasks(tmp_path: Path) -> None:
-    resolved, inputs = recipe_for({**RECIPE, "limit": 5}, Settings(7, limit=2, include_path=tmp_path), ["mine"])
+    resolved, inputs = recipe_for({**RECIPE, "limit": 5}, Settings(7, limit=2, include_path=tmp_path), ["mine"], CAME)
     assert resolved["limit"] == 2
     assert resolved["include_path"] == "<<include_path>>"
     # Where they lie is not what they are: the definitions of the tasks are in the key.
-    assert [(source.path, source.identity) for source in inputs.values()] == [(str(tmp_path), "tasks")]  # type: ignore[union-attr]
+    assert [(source.path, source.identity) for source in list(inputs.values())[1:]] == [(str(tmp_path), "tasks")]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("arguments", [None, {}])
 def test_a_recipe_need_not_have_model_args(arguments: Any) -> None:
-    resolved, _ = recipe_for({"model_args": arguments}, Settings(7), ["mine"])
+    resolved, _ = recipe_for({"model_args": arguments}, Settings(7), ["mine"], CAME)
     assert resolved["model_args"] == {"pretrained": "<<checkpoint>>"}
 
 
@@ -57,17 +70,19 @@ def test_a_recipe_need_not_have_model_args(arguments: Any) -> None:
 )
 def test_settings_with_which_a_loop_cannot_go_on_are_a_line(setting: dict[str, Any], said: str) -> None:
     with pytest.raises(LoopError) as error:
-        recipe_for({**RECIPE, **setting}, Settings(7), ["mine"])
+        recipe_for({**RECIPE, **setting}, Settings(7), ["mine"], CAME)
     assert str(error.value).startswith(f"lm-eval recipe: {said}")
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_settings_that_are_off_are_left_alone() -> None:
-    recipe_for({**RECIPE, "use_cache": None, "samples": {}, "model_args": {"think_end_token": None}}, Settings(7), [])
+    recipe_for(
+        {**RECIPE, "use_cache": None, "samples": {}, "model_args": {"think_end_token": None}}, Settings(7), [], CAME
+    )
 
 
 def test_the_commands_are_what_a_person_would_type() -> None:
-    resolved, _ = recipe_for(RECIPE, Settings(7), ["mine"])
+    resolved, _ = recipe_for(RECIPE, Settings(7), ["mine"], CAME)
     ask = ("lm_eval", "run", "--config", "<<stage>>/recipe.yml")
     assert commands_for(resolved, nf4=False) == [ask]
     assert resolved["model_args"]["pretrained"] == "<<checkpoint>>"
@@ -138,3 +153,18 @@ def test_what_was_asked_and_what_was_written() -> None:
     for nothing in (sample(None), sample(), {**row, "resps": []}, sample("4", None)):
         with pytest.raises(StageError, match=r"mine: question 0: the model gave no answer \(null\)"):
             texts(nothing, "mine")
+
+
+def test_a_server_answers_only_for_the_pair_as_it_came() -> None:
+    served = {"model": "local-chat-completions", "model_args": {"base_url": "http://127.0.0.1:8000/v1", "model": "x"}}
+    recipe_for(served, Settings(7), ["mine"], CAME)
+    made = Output(Stage(Kind("toy", "toys", ()), {}, (), {}), "instruct")
+    with pytest.raises(LoopError, match="a server answers with the checkpoint it was started with"):
+        recipe_for(served, Settings(7), ["mine"], made)
+
+
+def test_an_engine_with_a_seed_of_its_own_gets_the_run_s_and_all_devices_it_spreads_over() -> None:
+    resolved, _ = recipe_for({"model": "vllm", "model_args": {"tensor_parallel_size": 2}}, Settings(7), ["mine"], CAME)
+    assert resolved["model_args"] == {"seed": 7, "tensor_parallel_size": 2, "pretrained": "<<checkpoint>>"}
+    assert is_wide(resolved)
+    assert not is_wide(recipe_for(RECIPE, Settings(7), ["mine"], CAME)[0])

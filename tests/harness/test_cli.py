@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -100,7 +101,7 @@ def test_what_is_refused_gets_a_line_or_two_and_no_run(
     says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("harness.loop.start_runner", no_runner)
+    monkeypatch.setattr("harness.runner.start", no_runner)
     code, said, complaint = here(monkeypatch, capsys, *options)
     assert (code, said) == (2, "")
     assert says in complaint
@@ -110,16 +111,14 @@ def test_what_is_refused_gets_a_line_or_two_and_no_run(
 
 
 def no_runner(*_: object) -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
+    return SimpleNamespace(close=lambda: None)
 
 
 def test_a_prompts_file_with_a_broken_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path, "p.jsonl", '{"problem": "1+1?"}\n\n{"problem": "2+2?"}\n')
-    monkeypatch.setattr("harness.loop.start_runner", no_runner)
+    monkeypatch.setattr("harness.runner.start", no_runner)
     code, _, complaint = here(monkeypatch, capsys, "--prompts", file, "--out", tmp_path / "runs")
     assert code == 2
     assert f"{file}:2: the row is empty" in complaint

@@ -408,24 +408,6 @@ def test_on_policy_needs_its_recipe(tmp_path: Path) -> None:
         changed(tmp_path, distill="on-policy")
 
 
-@pytest.mark.parametrize(
-    ("name", "recipe", "says"),
-    [
-        ("distill", {"adapter": "qlora"}, "has no datasets; the distill stage needs it"),
-        ("distill", {"datasets": []}, "has no datasets"),
-        ("distill", {"datasets": "mine.jsonl"}, "datasets: must be a list of data sets"),
-        ("distill", {"datasets": ["mine.jsonl"]}, "datasets: must be a list of data sets"),
-        ("reconstruct", {"merge_method": "slerp"}, "has no base_model; the reconstruct stage needs it"),
-    ],
-)
-def test_a_recipe_without_what_its_stage_needs(tmp_path: Path, name: str, recipe: dict[str, Any], says: str) -> None:
-    config = load(with_recipes(tmp_path), {})
-    (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(LoopError, match=says) as caught:
-        read_recipes(config)
-    assert str(caught.value).startswith(str(tmp_path / f"{name}.yml"))
-
-
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
     config = load(with_recipes(tmp_path), {})
     (tmp_path / "reconstruct.yml").unlink()

@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import keeper, loop, runner
-from harness.rundir import RunDir
+from harness import keeper, runner
 from harness.runner import LocalRunner, Progress, ToolError
 
 # Programs to run, under the names that `python -m` finds them by.
@@ -329,8 +328,8 @@ def test_the_trap_springs_where_the_tools_are_preloaded() -> None:
 
 @pytest.mark.parametrize("accelerator", [True, False])
 def test_the_runner_fits_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accelerator: bool) -> None:
-    monkeypatch.setattr(loop, "has_accelerator", lambda: accelerator)
-    with loop.start_runner(RunDir(tmp_path)) as running:
+    monkeypatch.setattr(runner, "has_accelerator", lambda: accelerator)
+    with runner.start(tmp_path / "preload.log") as running:
         assert running.preloaded is not accelerator
         if accelerator:
             running.wait()

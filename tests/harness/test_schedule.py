@@ -94,7 +94,7 @@ def in_the_background(needs: Mapping[str, Sequence[str]], free: Sequence[Slot], 
 
 
 def test_a_cpu_is_shared_by_as_many_jobs_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     found = slots([], 3)
     assert [slot.name for slot in found] == ["cpu:0", "cpu:1", "cpu:2"]
     assert [slot.device for slot in found] == ["cpu"] * 3
@@ -105,7 +105,7 @@ def test_a_cpu_is_shared_by_as_many_jobs_as_were_asked_for(monkeypatch: pytest.M
 
 
 def test_beside_gpus_there_is_one_slot_for_the_cpu_whatever_jobs_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     found = slots(["0", "GPU-1a"], 5)
     assert [slot.name for slot in found] == ["gpu:0", "gpu:1", "cpu:0"]
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in found] == ["0", "GPU-1a", ""]
@@ -113,12 +113,12 @@ def test_beside_gpus_there_is_one_slot_for_the_cpu_whatever_jobs_says(monkeypatc
 
 
 def test_more_jobs_than_cores_still_get_a_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert {slot.environment["OMP_NUM_THREADS"] for slot in slots([], 3)} == {"1"}
 
 
 def test_several_slots_together_have_all_their_devices_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     first, second, cpu = slots(["2", "5"], 1)
     both = together([first, second])
     assert both == {"CUDA_VISIBLE_DEVICES": "2,5", "OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "8"}
@@ -232,7 +232,7 @@ def test_each_gpu_has_a_stage_of_its_own_and_the_cpu_one_beside() -> None:
 
 
 def test_what_a_stage_is_told_does_not_depend_on_what_runs_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     crowd, alone = Meeting(), Meeting()
     run({key: [] for key in "abc"}, slots(["0"], 1), crowd)
     run({"a": []}, slots(["0"], 1), alone)

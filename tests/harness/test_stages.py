@@ -735,3 +735,22 @@ def test_a_recipe_as_it_was_read_is_never_changed(nf4: bool, limit: int | None, 
     reconstruct.build(slerp, t, THINKING, INSTRUCT)
     reconstruct.build(ties, None, THINKING, INSTRUCT, ("I", "T"))
     assert read == before
+
+
+@pytest.mark.parametrize("entries", [None, [], "mine.jsonl", ["mine.jsonl"]])
+def test_a_distillation_needs_an_entry_that_stands_for_the_labels(entries: Any) -> None:
+    came = External("/came", "what came")
+    with pytest.raises(LoopError, match="datasets: must be a list, whose first entry stands for the labels"):
+        distill.build({"datasets": entries}, 7, "python", came, came, toy("labels"), ["mine"])
+
+
+def test_the_pair_is_found_by_its_names_whichever_is_the_base() -> None:
+    anchor, new = External("/a", "a"), External("/i", "i")
+    recipe = {"merge_method": "slerp", "base_model": "I", "models": [{"model": "I"}, {"model": "T"}]}
+    with pytest.raises(LoopError, match="thinking would never open a trace"):
+        reconstruct.build(recipe, None, anchor, new, ("I", "T"))
+    linear = {"merge_method": "linear", "models": [{"model": "T"}, {"model": "I"}], "parameters": None}
+    stage = reconstruct.build(linear, None, anchor, new, ("I", "T"))
+    assert [model["model"] for model in stage.recipes["recipe.yml"]["models"]] == ["<<anchor>>", "<<instruct>>"]
+    with pytest.raises(LoopError, match="names 2 models"):
+        reconstruct.build(linear, None, anchor, new, None)

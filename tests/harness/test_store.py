@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -233,19 +232,12 @@ def test_a_stage_is_free_once_its_work_failed(store: Store) -> None:
 
 def test_a_stage_waits_for_what_a_killed_worker_left_running(store: Store, other_process: Callable[..., Any]) -> None:
     left = other_process(hold_busy)
-    entered = threading.Event()
-
-    def work() -> None:
-        with store.writing(KEY):
-            entered.set()
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    assert not entered.wait(0.3)
+    with store.writing(KEY) as folder:
+        assert folder is None
     os.kill(left.pid, signal.SIGKILL)
     left.join()
-    assert entered.wait(10)
-    worker.join()
+    with store.writing(KEY) as folder:
+        assert folder == store.folder(KEY)
 
 
 # --- giving space back ---

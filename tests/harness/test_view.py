@@ -240,7 +240,7 @@ def test_a_run_that_changed_says_what_and_how_much_runs_again(run: Run) -> None:
     view.begin(run, dict(list(todo_of(run).items())[3:]))
     assert text_of(view).splitlines() == [
         "distill: learning_rate 0.002 → 0.001",
-        f"{len(run.steps) - 3} of {len(run.steps)} stages depend on that and run again",
+        f"{len(run.steps) - 3} of {len(run.steps)} stages are to be run",
     ]
 
 
