@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -401,13 +402,13 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> dict[str, Any]:
 
 
 class Published:
-    """`results.json` and `report.html`, as far as the run is."""
+    """`outcomes.jsonl`, `results.json` summed up from it, and `report.html`, as far as the run is."""
 
     def __init__(self, run: Run, view: View, todo: Iterable[str]):
         """Nothing is published yet; `todo` are the keys of stages still to do, whatever the store has of them."""
         self.run, self.view = run, view
         self.todo = set(todo)
-        self.rows: dict[str, list[outcomes.Row]] = {}  # by key
+        self.outcomes: dict[str, list[outcomes.Outcome]] = {}  # by key
         self.seen: set[tuple[int, str]] = set()
 
     def look(self, ended: str = "") -> None:
@@ -426,16 +427,29 @@ class Published:
 
     def rows_of(self, step: Step, record: dict[str, Any]) -> list[outcomes.Row]:
         """The rows of one step: summed up from its outcomes, with what its stage says of each task."""
-        key = self.run.keys[step.stage]
-        if key not in self.rows:
-            found = step.stage.kind.outcomes(self.run.store.folder(key), step.stage, self.run.pair["instruct"])
-            more = record["facts"].get("per_task", {})
-            self.rows[key] = [{**row, **more.get(row["task"], {})} for row in outcomes.summary(found)]
         where = {"iteration": step.iteration, "checkpoint": step.checkpoint}
-        return [{**where, **row} for row in self.rows[key]]
+        more = record["facts"].get("per_task", {})
+        return [{**where, **row, **more.get(row["task"], {})} for row in outcomes.summary(self.outcomes_of(step))]
+
+    def outcomes_of(self, step: Step) -> list[outcomes.Outcome]:
+        """One row a question, of one step that is done."""
+        key = self.run.keys[step.stage]
+        if key not in self.outcomes:
+            folder = self.run.store.folder(key)
+            self.outcomes[key] = step.stage.kind.outcomes(folder, step.stage, self.run.pair["instruct"])
+        return self.outcomes[key]
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        """Every outcome with where it belongs: run, arm (what instruct learns from), seed, iteration, checkpoint."""
+        config = self.run.config
+        for step in self.run.steps:
+            if (step.iteration, step.name) in self.seen:
+                where = {"run": config.name, "arm": config.distill, "seed": config.seed}
+                where |= {"iteration": step.iteration, "checkpoint": step.checkpoint}
+                yield from ({**where, **asdict(outcome)} for outcome in self.outcomes_of(step))
 
     def write(self) -> dict[str, Any]:
-        """Write both files; returns what `results.json` holds."""
+        """Write the three files; returns what `results.json` holds."""
         done = [(step, record) for step in self.run.steps if (record := self.run.record(step))]
         rows = [row for step, record in done for row in self.rows_of(step, record)]
         wall = self.run.folder.wall_s()
@@ -443,6 +457,8 @@ class Published:
         cost = None if per_hour is None else round(wall / 3600 * per_hour, 4)
         results = {"rows": rows, "wall_s": round(wall, 3), "cost_usd": cost}
         with disk_errors(self.run.folder.root):
+            lines = (json.dumps(question) + "\n" for question in self.questions())
+            self.run.folder.outcomes.write_text("".join(lines), encoding="utf-8")
             write_json(self.run.folder.results, results)
             text = page.page(self.run.folder.root.name, rows, done, results, self.run.folder.noted())
             self.run.folder.report.write_text(text, encoding="utf-8")

@@ -1,7 +1,8 @@
 """One run's folder: what was asked of it, which stages it has, and how it went.
 
     run.json        what was asked, resolved: settings, the stages with what each reads, versions, sittings
-    results.json    one row per iteration × checkpoint × task
+    outcomes.jsonl  one row a question
+    results.json    one row per iteration × checkpoint × task, summed up from those
     report.html     the same to look at
     iter_NN/NAME    a link to the stage in the store
 
@@ -42,6 +43,11 @@ class RunDir:
     def results(self) -> Path:
         """The scores, schema in the docs."""
         return self.root / "results.json"
+
+    @property
+    def outcomes(self) -> Path:
+        """One row a question."""
+        return self.root / "outcomes.jsonl"
 
     @property
     def report(self) -> Path:

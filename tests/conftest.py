@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores: threads would wait for one another
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -23,7 +23,7 @@ TS_LOOP = str(Path(sys.executable).with_name("ts-loop"))
 
 
 def small_loop(recipes: Path, folder: Path, **changes: Any) -> Path:
-    """The shipped loop with its own recipes, made short: few prompts of one's own, one epoch, 40 questions."""
+    """The shipped loop with its own recipes, made short: few prompts of one's own, one epoch, 20 questions."""
     folder.mkdir(exist_ok=True)
     for file in recipes.glob("*.yml"):
         shutil.copy(file, folder)
@@ -36,7 +36,7 @@ def small_loop(recipes: Path, folder: Path, **changes: Any) -> Path:
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     written = yaml.safe_load((folder / "loop.yml").read_text())
     pair = {who: str(recipes / written[who]) for who in ("instruct", "thinking")}
-    asked = {"name": "small", "prompts": ["mine.jsonl"], "tasks": ["mini_qa"], "iterations": 1, "limit": 40}
+    asked = {"name": "small", "prompts": ["mine.jsonl"], "tasks": ["mini_qa"], "iterations": 1, "limit": 20}
     (folder / "loop.yml").write_text(yaml.safe_dump({**written, **pair, **asked, **changes}))
     return folder / "loop.yml"
 

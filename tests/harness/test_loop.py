@@ -55,19 +55,33 @@ def test_results_have_the_documented_schema(finished: tuple[Path, Path, str]) ->
     seen = [(row["iteration"], row["checkpoint"], row["task"]) for row in results["rows"]]
     assert seen == [(k, who, "mini_qa") for k in (0, 1) for who in ("instruct", "thinking")]
     for row in results["rows"]:
-        assert row["n"] == 40
+        assert row["n"] == 20
         assert row["accuracy"] == row["correct"] / row["n"]
         assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
         assert row["tokens_per_answer"] > 0
         assert (row["closed_traces"] > 0.9) == (row["checkpoint"] == "thinking") == (row["trace_tokens"] > 0)
 
 
+def test_results_are_summed_up_from_one_row_a_question(finished: tuple[Path, Path, str]) -> None:
+    questions = [json.loads(line) for line in (finished[0] / "outcomes.jsonl").open()]
+    for row in rows_of(finished[0]):
+        mine = [q for q in questions if all(q[key] == row[key] for key in ("iteration", "checkpoint", "task"))]
+        assert len({q["question"] for q in mine}) == len(mine) == row["n"]
+        assert sum(q["score"] for q in mine) == row["correct"]
+        assert {(q["run"], q["arm"], q["seed"]) for q in mine} == {("small", "answers", 42)}
+    # The same questions are asked of both checkpoints, before and after: they can be paired.
+    asked = {(q["iteration"], q["checkpoint"]): set() for q in questions}
+    for q in questions:
+        asked[q["iteration"], q["checkpoint"]].add(q["question"])
+    assert len({frozenset(found) for found in asked.values()}) == 1
+
+
 def test_only_our_own_lines_reach_the_terminal(finished: tuple[Path, Path, str]) -> None:
     folder, _, printed = finished
     for noise in ("Warning", "WARNING", "it/s", "Loading weights", "dtype", "[INFO]"):
         assert noise not in printed
-    assert "32 of 32 answers closed their trace" in printed
-    assert "kept 32 of 32 rows" in printed
+    assert "20 of 20 answers closed their trace" in printed
+    assert "kept 20 of 20 rows" in printed
     assert str(folder / "report.html") in printed
 
 
@@ -258,7 +272,7 @@ def test_on_policy_takes_the_place_of_the_answers(
 ) -> None:
     out, config = copied
     ran = run_here(config, out, runner, distill="on-policy", name="on_policy")
-    assert "32 prompts" in ran.said
+    assert "20 prompts" in ran.said
     assert ran.said.count("(made by small)") == 3  # the two evaluations of the pair, and the labels
     recipe = yaml.safe_load((ran.folder / "iter_01/distill/recipe.yml").read_text())
     assert recipe["on_policy_kl"]["teacher"] == str(recipes / "mini/thinking")
@@ -304,7 +318,7 @@ def test_a_recipe_without_an_adapter_trains_the_whole_checkpoint_on_its_own_data
     assert len(ran.results["rows"]) == 4
     recipe = yaml.safe_load((ran.folder / "iter_01/distill/recipe.yml").read_text())
     assert recipe["datasets"][1]["path"] == str(config.parent / "replay.jsonl")
-    assert "3/3 [" in (ran.folder / "iter_01/distill/log.txt").read_text()  # 32 labels and 8 rows, 16 a step
+    assert "2/2 [" in (ran.folder / "iter_01/distill/log.txt").read_text()  # 20 labels and 8 rows, 16 a step
 
 
 @pytest.mark.slow
@@ -341,14 +355,14 @@ def test_labels_none_of_which_closed_end_the_run_and_more_tokens_mend_it(
     copied: tuple[Path, Path], runner: LocalRunner
 ) -> None:
     out, config = copied
-    with pytest.raises(StageError, match=r"closed 0 of 32 traces \(0 %\)") as caught:
+    with pytest.raises(StageError, match=r"closed 0 of 20 traces \(0 %\)") as caught:
         run_here(config, out, runner, changes=("generate.gen_kwargs.max_gen_toks=3",))
     assert "--set generate.gen_kwargs.max_gen_toks=" in str(caught.value)
     run_here(config, out, runner, changes=("generate.gen_kwargs.max_gen_toks=96",))  # the advice can be taken
 
 
 def test_two_runs_at_once_share_what_they_have_in_common(recipes: Path, tmp_path: Path, runner: LocalRunner) -> None:
-    config = small_loop(recipes, tmp_path / "mine", limit=12)
+    config = small_loop(recipes, tmp_path / "mine", limit=8)
     ended: dict[str, Ran | BaseException] = {}
 
     def begin(label: str, **overrides: Any) -> None:

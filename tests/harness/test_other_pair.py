@@ -96,10 +96,11 @@ def test_own_pair_prompts_and_task(
         "include_path": tmp_path / "tasks",
         "name": "own",
         "iterations": 1,
+        "limit": 60,
     }
     ran = run_here(recipes / "loop.yml", tmp_path / "runs", runner, **asked)
     start = {row["checkpoint"]: row for row in ran.results["rows"] if row["iteration"] == 0}
-    assert start["instruct"]["n"] == 200
+    assert start["instruct"]["n"] == 60
     assert 0.15 < start["instruct"]["accuracy"] < 0.5
     assert start["thinking"]["accuracy"] > 0.75  # by lm-eval, which compares the trace too, 0
     (said,) = (ran.folder / "iter_00/evaluate_thinking/answers").glob("results_*.json")

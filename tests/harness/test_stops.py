@@ -65,7 +65,9 @@ def when(seen: Callable[[], object], running: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in CODES if n != signal.SIGKILL)]
+)
 def test_a_run_ended_in_the_middle_leaves_no_process(recipes: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Each signal in another stage."""
     config, out, tag = small_loop(recipes, tmp_path / "mine", limit=12), tmp_path / "runs", uuid.uuid4().hex
