@@ -109,7 +109,7 @@ def run(
                     continue
                 taken = fitting(stages[key], idle, every)
                 if not taken:
-                    if stages[key].wide:
+                    if is_wide(stages[key], every):
                         awaited.add(device)
                     continue
                 idle = [slot for slot in idle if slot not in taken]
@@ -144,11 +144,16 @@ def device_for(stage: Stage, every: Sequence[Slot]) -> str:
     return "gpu" if stage.device == "gpu" and any(slot.device == "gpu" for slot in every) else "cpu"
 
 
+def is_wide(stage: Stage, every: Sequence[Slot]) -> bool:
+    """Whether a stage takes all slots of its device at once."""
+    return stage.wide or (stage.whole_cpu and device_for(stage, every) == "cpu")
+
+
 def fitting(stage: Stage, idle: Sequence[Slot], every: Sequence[Slot]) -> list[Slot]:
     """The idle slots that a stage would take, none if it has to wait."""
     wanted = device_for(stage, every)
     mine = [slot for slot in idle if slot.device == wanted]
-    if not stage.wide:
+    if not is_wide(stage, every):
         return mine[:1]
     return mine if len(mine) == sum(slot.device == wanted for slot in every) else []
 

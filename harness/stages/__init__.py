@@ -112,6 +112,7 @@ class Stage:
         scratch: inside the folder, removed once the commands are done.
         device: whether it wants an accelerator where there is one.
         wide: whether it takes all devices at once.
+        whole_cpu: whether it takes all cores where it does not run on an accelerator.
     """
 
     kind: Kind
@@ -124,6 +125,7 @@ class Stage:
     scratch: tuple[str, ...] = ()
     device: Literal["gpu", "cpu"] = "gpu"
     wide: bool = False
+    whole_cpu: bool = False
 
     def needs(self) -> list[Stage]:
         """The stages whose outputs it reads."""

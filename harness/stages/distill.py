@@ -99,6 +99,7 @@ def build(
         renames=((f"{ADAPTER}/merged", CHECKPOINT),) if adapter else (),
         scratch=("prepared", *([] if adapter else [f"{CHECKPOINT}/checkpoint-*"])),
         wide=name != "python",
+        whole_cpu=True,  # the loop waits for it, and what could run beside it is short
     )
 
 

@@ -459,3 +459,11 @@ def test_every_stage_is_done_once_after_its_needs_and_on_slots_of_its_own(
                 assert not set(mine.split(",")) & set(theirs.split(","))
         if unlike[key]["wide"]:
             assert all(gpus and unlike[other]["device"] != unlike[key]["device"] for other in beside)
+
+
+def test_what_takes_all_cores_takes_one_gpu_where_there_are_some() -> None:
+    trains = toy("x", whole_cpu=True)
+    on_cpu, on_gpu = slots([], 2), slots(["0", "1"], 2)
+    assert fitting(trains, on_cpu, on_cpu) == on_cpu
+    assert fitting(trains, on_cpu[:1], on_cpu) == []
+    assert [slot.name for slot in fitting(trains, on_gpu, on_gpu)] == ["gpu:0"]
