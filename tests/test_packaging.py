@@ -77,5 +77,7 @@ def test_an_installed_wheel_works_from_any_folder(built: tuple[Path, Path], tmp_
     )
     assert said.returncode == 0, said.stderr
     assert said.stdout.count("lm_eval run --config") == 5
-    recipe = next((tmp_path / "runs/stages").glob("evaluate-*/recipe.yml")).read_text()
-    assert f"pretrained: {site}/thinkswitch_recipes/mini/" in recipe
+    recipes = [file.read_text() for file in (tmp_path / "runs/stages").glob("evaluate-*/recipe.yml")]
+    assert (
+        sum(f"pretrained: {site}/thinkswitch_recipes/mini/" in recipe for recipe in recipes) == 2
+    )  # the pair as it came
