@@ -200,10 +200,10 @@ class LocalRunner:
         deadline = time.monotonic() + PATIENCE_S
         for event in list(self._events.values()) if self._stopped else []:
             event.wait(max(0.0, deadline - time.monotonic()))
-        with contextlib.suppress(OSError):
-            self._link.shutdown(socket.SHUT_RDWR)
         if not self._ready.is_set():
             self._keeper.terminate()  # it is importing and does not listen
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
         try:
             self._keeper.wait(5)
         except subprocess.TimeoutExpired:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -264,6 +265,15 @@ def test_a_module_that_cannot_be_imported_does_not_stop_the_preloading(programs:
     finally:
         (programs / "sitecustomize.py").unlink()
     assert "ValueError: the reason" in (tmp_path / "preload.log").read_text()
+
+
+def test_a_keeper_that_imports_is_ended_at_once(tmp_path: Path) -> None:
+    running = LocalRunner(tmp_path / "preload.log", preloaded=True)
+    time.sleep(1)
+    began = time.monotonic()
+    running.close()
+    assert time.monotonic() - began < 2
+    assert running._keeper.returncode == -signal.SIGTERM
 
 
 def test_last_words_skip_the_noise(tmp_path: Path) -> None:
