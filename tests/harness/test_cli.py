@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,11 @@ def write(folder: Path, name: str, text: str) -> str:
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: object) -> tuple[int, str, str]:
     """The command in this process: its exit code and what it said on either stream."""
     monkeypatch.setattr(sys, "argv", ["ts-loop", *map(str, options)])
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.raises(SystemExit) as ended:
         cli.main()
+    for number, handler in kept.items():  # the command's own are for a process that ends
+        signal.signal(number, handler)
     said = capsys.readouterr()
     return int(ended.value.code or 0), said.out, said.err
 

@@ -31,6 +31,14 @@ def at_a_quick_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "TICK_S", 0.05)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as it is in a terminal: a job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stages_of(needs: Mapping[str, Sequence[str]], **unlike: dict[str, Any]) -> dict[str, Stage]:
     """A stage a key; GPU stages, unless `unlike` says otherwise of one."""
     return {key: toy(key, **unlike.get(key, {})) for key in needs}
@@ -374,6 +382,7 @@ def held() -> Iterator[Meeting]:
 NEEDS: dict[str, list[str]] = {"held": [], "also": [], "quick": ["also"]}
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_at_once_though_work_goes_on(held: Meeting) -> None:
     def tick() -> None:
         held.wait_for("held", "also")
@@ -386,6 +395,7 @@ def test_ctrl_c_leaves_at_once_though_work_goes_on(held: Meeting) -> None:
     assert held.ended == []  # ending them is the caller's
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_an_end_is_looked_at_leaves_at_once_too(held: Meeting) -> None:
     def look(ends: Iterator[str]) -> None:
         for _ in ends:
@@ -399,6 +409,7 @@ def test_ctrl_c_while_an_end_is_looked_at_leaves_at_once_too(held: Meeting) -> N
     assert "held" not in held.ended
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_nothing_begins_after_ctrl_c(held: Meeting) -> None:
     def tick() -> None:
         held.wait_for("held", "also")
