@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.outcomes import Row
 from harness.plan import Step
-from harness.view import PASS_HEADS, by_kind, change, clock, in_order, pass_cells
+from harness.view import KIND_HEADS, PASS_HEADS, change, clock, in_order, kind_cells, pass_cells
 
 COLOURS = {"instruct": "#2563eb", "thinking": "#d97706"}
 HEADS = ("iteration", "checkpoint", "task", "correct", "accuracy", "95 % interval", "tokens", "closed", "change")
@@ -102,13 +102,12 @@ def page(
     )
     passes = pass_cells(rows)
     passes_part = f"<h2>Passes of TaH checkpoints</h2>{_html_table(PASS_HEADS, passes)}" if passes else ""
-    times = [(n, str(k), f"{wall:.1f}", f"{cpu:.1f}", f"{peak:.0f}") for n, k, wall, cpu, peak in by_kind(done)]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)} – ThinkSwitch</title>'
         f"<style>{STYLE}</style><h1>{html.escape(name)}</h1>"
         f"<p>Accuracy by iteration: {legend}, with 95 % intervals. {clock(results['wall_s'])}{cost}.</p>"
         f'<div class="charts">{charts}</div><h2>Scores</h2>{_html_table(HEADS, [cells(r, rows) for r in ordered])}'
-        f"{passes_part}<h2>Time by stage</h2>{_html_table(('stage', 'runs', 'wall s', 'CPU s', 'peak MiB'), times)}"
+        f"{passes_part}<h2>Time by stage</h2>{_html_table(KIND_HEADS, kind_cells(done))}"
         f"<h2>Settings</h2><pre>{html.escape(_lines({**settings, **noted.get('versions', {})}))}</pre>"
         f"<h2>Commands</h2><pre>{html.escape(commands)}</pre></html>\n"
     )

@@ -307,11 +307,19 @@ def by_kind(done: Sequence[tuple[Step, Mapping[str, Any]]]) -> list[tuple[str, i
     return result
 
 
+KIND_HEADS = ("stage", "runs", "wall s", "CPU s", "peak MiB")
+
+
+def kind_cells(done: Sequence[tuple[Step, Mapping[str, Any]]]) -> list[list[str]]:
+    """Where the time went, for the table and the page."""
+    return [[n, str(k), f"{wall:.1f}", f"{cpu:.1f}", f"{peak:.0f}"] for n, k, wall, cpu, peak in by_kind(done)]
+
+
 def kind_table(done: Sequence[tuple[Step, Mapping[str, Any]]]) -> Table:
     """Where the time went."""
     result = Table(title="time by stage", title_justify="left")
-    for head in ("stage", "runs", "wall s", "CPU s", "peak MiB"):
+    for head in KIND_HEADS:
         result.add_column(head, justify="left" if head == "stage" else "right")
-    for name, runs, wall, cpu, peak in by_kind(done):
-        result.add_row(name, str(runs), f"{wall:.1f}", f"{cpu:.1f}", f"{peak:.0f}")
+    for line in kind_cells(done):
+        result.add_row(*line)
     return result

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from rich.console import Console
 
-from harness import loop
+from harness import cli, loop
 from harness.config import load, read_recipes
 from harness.runner import LocalRunner
 from harness.view import View
@@ -49,6 +51,17 @@ def ts_loop(*options: object, code: int = 0, cwd: Path | None = None) -> subproc
     assert "Traceback" not in said.stderr, said.stderr
     assert said.returncode == code, said.stdout + said.stderr
     return said
+
+
+def command_here(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
+    """The command in this process; its exit code. Its signal handlers are for a process that ends, and go again."""
+    monkeypatch.setattr(sys, "argv", ["ts-loop", *map(str, options)])
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+    return int(ended.value.code or 0)
 
 
 class Ran:

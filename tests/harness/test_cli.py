@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
-from small import TS_LOOP, prepared, run_here, small_loop, ts_loop
+from small import TS_LOOP, command_here, prepared, run_here, small_loop, ts_loop
 
 from harness import cli
 from harness.cli.loop import listed
@@ -64,14 +63,9 @@ def write(folder: Path, name: str, text: str) -> str:
 
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: object) -> tuple[int, str, str]:
     """The command in this process: its exit code and what it said on either stream."""
-    monkeypatch.setattr(sys, "argv", ["ts-loop", *map(str, options)])
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    for number, handler in kept.items():  # the command's own are for a process that ends
-        signal.signal(number, handler)
+    code = command_here(monkeypatch, *options)
     said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
+    return code, said.out, said.err
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from small import TS_LOOP, prepared, run_here
+from small import TS_LOOP, command_here, prepared, run_here
 
-from harness import checks, cli, loop, page, view
+from harness import checks, loop, page, view
 from harness.cli import think_map
 from harness.config import load, recipes_folder
 from harness.errors import LoopError
@@ -183,10 +182,7 @@ def test_think_map_prints_the_answer_and_writes_the_page(made: Path, tmp_path: P
 def here(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
     """The command in this process, where torch is loaded already; its exit code."""
     monkeypatch.setattr(think_map, "quiet", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["ts-loop", *map(str, options)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
+    return command_here(monkeypatch, *options)
 
 
 def test_think_map_stops_where_it_is_told_and_takes_another_decider(
