@@ -33,6 +33,9 @@ SHAPE_KEYS = (
     "tie_word_embeddings",
 )
 
+ONE_PRETRAINING = "a ThinkSwitch pair must share one pretraining: use two finetunes of the same base"
+DESCRIBING = ["*.json", "*.jinja", "README.md"]  # all that a hub's checkpoint says of itself
+
 
 def local_checkpoint(name: str, role: str) -> tuple[Path, str]:
     """The folder of a checkpoint: the path itself, or the hub's snapshot, downloaded if it is not here yet.
@@ -47,11 +50,25 @@ def local_checkpoint(name: str, role: str) -> tuple[Path, str]:
     Raises:
         LoopError: if there is no such folder and the hub has or gives none.
     """
+    if Path(name).is_dir():
+        return Path(name), ""
+    folder = _from_hub(name, role, list(READ))
+    return folder, f"{name.partition('@')[0]}@{folder.name}"
+
+
+def described_checkpoint(name: str, role: str) -> Path:
+    """As `local_checkpoint`, without weights: a folder with a checkpoint's config, tokenizer and card.
+
+    Raises:
+        LoopError: if there is no such folder and the hub has or gives none.
+    """
+    return Path(name) if Path(name).is_dir() else _from_hub(name, role, DESCRIBING)
+
+
+def _from_hub(name: str, role: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if Path(name).is_dir():
-        return Path(name), ""
     repository, _, revision = name.partition("@")
     try:
         validate_repo_id(repository)
@@ -61,13 +78,12 @@ def local_checkpoint(name: str, role: str) -> tuple[Path, str]:
     if not on_hub:
         raise LoopError(f"--{role} {name}: no such folder, and not a hub id (owner/name or owner/name@revision) either")
     try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(READ)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except Exception as error:
         raise LoopError(
             f"--{role} {name}: no such folder, and the hub did not give it ({type(error).__name__})"
             "\ncheck the name and the network (HF_TOKEN for a gated one), or name a local folder"
         ) from None
-    return folder, f"{repository}@{folder.name}"
 
 
 def check_checkpoint(folder: Path, role: str) -> None:
@@ -164,6 +180,28 @@ def check_think_map(folder: Path, prompt: str, decider: str | None, page: Path |
         raise LoopError(f"--html {page}: cannot be written; name a file in a folder that is there")
 
 
+def check_described(instruct: Path, thinking: Path) -> None:
+    """Two checkpoints whose configs name one shape and whose tokenizers are one; their weights are not looked at.
+
+    Raises:
+        LoopError: with the first difference.
+    """
+    ours, theirs = sizes(instruct), sizes(thinking)
+    for key in SHAPE_KEYS:
+        if ours[key] != theirs[key]:
+            raise LoopError(
+                f"the pair does not fit: {key} is {ours[key]} in {instruct} and {theirs[key]} in {thinking}"
+                f"\n{ONE_PRETRAINING}"
+            )
+    mine, other = _vocabulary(instruct), _vocabulary(thinking)
+    if mine != other:
+        differing = sorted(mine.items() ^ other.items())
+        raise LoopError(
+            f"the pair's tokenizers differ in {len(differing)} entries, such as {differing[0][0]!r}: "
+            f"{instruct} and {thinking}\n{ONE_PRETRAINING}"
+        )
+
+
 def check_pair(instruct: Path, thinking: Path) -> None:
     """Two checkpoints of one shape and one tokenizer: the precondition of interpolating their weights.
 
@@ -172,36 +210,27 @@ def check_pair(instruct: Path, thinking: Path) -> None:
     Raises:
         LoopError: with the first difference.
     """
-    why = "a ThinkSwitch pair must share one pretraining: use two finetunes of the same base"
-    ours, theirs = _config(instruct), _config(thinking)
-    for key in SHAPE_KEYS:
-        if ours.get(key) != theirs.get(key):
-            raise LoopError(
-                f"the pair does not fit: {key} is {ours.get(key)} in {instruct} and {theirs.get(key)} in {thinking}"
-                f"\n{why}"
-            )
-    mine, other = _vocabulary(instruct), _vocabulary(thinking)
-    if mine != other:
-        differing = sorted(mine.items() ^ other.items())
-        raise LoopError(
-            f"the pair's tokenizers differ in {len(differing)} entries, such as {differing[0][0]!r}: "
-            f"{instruct} and {thinking}\n{why}"
-        )
+    check_described(instruct, thinking)
     mine_shapes, other_shapes = _backbone_shapes(instruct), _backbone_shapes(thinking)
     for name in sorted({*mine_shapes, *other_shapes}):
         if mine_shapes.get(name) != other_shapes.get(name):
             raise LoopError(
                 f"the pair does not fit: {name} is {mine_shapes.get(name, 'missing')} in {instruct} "
-                f"and {other_shapes.get(name, 'missing')} in {thinking}\n{why}"
+                f"and {other_shapes.get(name, 'missing')} in {thinking}\n{ONE_PRETRAINING}"
             )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """The config of a checkpoint, of its backbone if it is a TaH one."""
+def sizes(folder: Path) -> dict[str, Any]:
+    """What the config of a checkpoint says of its shape (`SHAPE_KEYS`); of a TaH checkpoint, its backbone's.
+
+    Raises:
+        LoopError: if there is none.
+    """
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise LoopError(f"{folder / 'config.json'}: is no checkpoint's config; copy or download it again")
-    return config["text_config"] if is_tah(folder) else config
+    described = config["text_config"] if is_tah(folder) else config
+    return {key: described.get(key) for key in SHAPE_KEYS}
 
 
 def _backbone_shapes(folder: Path) -> dict[str, list[int]]:
@@ -252,14 +281,14 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def checked_prompts(file: Path) -> list[dict[str, Any]]:
-    """The rows of a prompts file every one of which can be asked.
+def checked_prompts(source: str | Path) -> list[dict[str, Any]]:
+    """The rows of a prompts file, or of a hub data set, every one of which can be asked.
 
     Raises:
-        LoopError: with the file and the line of the first that cannot.
+        LoopError: with the source and the row of the first that cannot.
     """
     try:
-        return read_prompts(file)
+        return read_prompts(source)
     except ValueError as error:
         raise LoopError(f"--prompts {error}") from None
 
@@ -283,7 +312,7 @@ def check_tasks(prompts: Sequence[Task], tests: Sequence[Task]) -> None:
         if not task.conversations:
             raise LoopError(
                 f"task {task.name} asks no prompts that can be learnt from: its rows have no messages"
-                "\nput your prompts into a .jsonl file and name that, or see tasks/README.md"
+                "\nput your prompts into a file (.jsonl, .csv, .parquet) and name that, or see tasks/README.md"
             )
 
 

@@ -20,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from harness.errors import LoopError
 from harness.stages import Recipe
+from thinkswitch_plugin.prompts import FILES, is_source
 
 OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whose option has another name
 LAUNCHERS = ("python", "accelerate", "torchrun")
+NOTHING: Mapping[Path, str] = {}
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,7 +64,8 @@ class LoopConfig(BaseModel):
     answers prompts and questions with the checkpoints' linear layers in NF4, where bfloat16 does not fit the GPU.
     `jobs` is how many stages may run side by side where there is no GPU; where there are, one runs on each. `launcher`
     is Axolotl's, with what it is given (`torchrun --nproc_per_node=2`); other than `python` it gets all GPUs. `limit`
-    asks only so many questions and prompts a task.
+    asks only so many questions and prompts a task. `python` names the interpreter of another environment whose lm-eval
+    runs a recipe (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -83,6 +86,7 @@ class LoopConfig(BaseModel):
     launcher: str = "python"
     limit: int | None = Field(default=None, ge=1)
     usd_per_hour: float | None = Field(default=None, ge=0.0)
+    python: dict[Literal["generate", "evaluate", "evaluate_thinking"], Path] = Field(default_factory=dict)
     recipes: Recipes
     written_pair: tuple[str, str] | None = Field(default=None, exclude=True)  # instruct, thinking as loop.yml has them
 
@@ -98,14 +102,14 @@ class LoopConfig(BaseModel):
         return value
 
     @property
-    def prompts_file(self) -> Path | None:
-        """The user's own prompts file, if `prompts` names one rather than lm-eval tasks."""
-        return Path(self.prompts[0]) if self.prompts[0].endswith(".jsonl") else None
+    def own_prompts(self) -> str | None:
+        """The user's own prompts, a file or a hub data set, if `prompts` names that rather than lm-eval tasks."""
+        return self.prompts[0] if is_source(self.prompts[0]) else None
 
     @property
     def prompt_tasks(self) -> list[str]:
         """The lm-eval tasks that ask the prompts."""
-        return ["prompts_file"] if self.prompts_file else self.prompts
+        return ["prompts_file"] if self.own_prompts else self.prompts
 
 
 def recipes_folder() -> Path:
@@ -126,14 +130,14 @@ def recipes_folder() -> Path:
     raise LoopError("the shipped recipes are missing: install thinkswitch again, or name your own loop.yml by --config")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file.
+def read_yaml(path: Path, texts: Mapping[Path, str] = NOTHING) -> dict[str, Any]:
+    """A YAML mapping from a file, or from what stands for it in `texts`.
 
     Raises:
         LoopError: if the file is missing, unreadable, not YAML, or not a mapping.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(texts[path] if path in texts else path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LoopError(f"{path}: no such file; check the path in --config or in loop.yml") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -145,7 +149,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def load(path: Path, overrides: Mapping[str, Any], changes: Sequence[str] = ()) -> LoopConfig:
+def load(
+    path: Path, overrides: Mapping[str, Any], changes: Sequence[str] = (), texts: Mapping[Path, str] = NOTHING
+) -> LoopConfig:
     """Read `loop.yml`, lay the command line's overrides on it, and make its paths absolute.
 
     A path in the file is relative to the file; one on the command line, to the working folder.
@@ -154,11 +160,12 @@ def load(path: Path, overrides: Mapping[str, Any], changes: Sequence[str] = ()) 
         path: the file.
         overrides: field → value; None leaves the file's.
         changes: what `--set` says of the loop itself: "jobs=1". What it says of a recipe is `read_recipes`' to read.
+        texts: files that are not on the disk, by their absolute paths.
 
     Raises:
         LoopError: with the file and the field, if either has a wrong or unknown setting.
     """
-    settings = rooted(read_yaml(path), path.resolve().parent)
+    settings = rooted(read_yaml(path, texts), path.resolve().parent)
     written = settings.get("instruct"), settings.get("thinking")
     for key in ("instruct", "thinking"):
         if overrides.get(key) is not None:
@@ -181,8 +188,8 @@ def load(path: Path, overrides: Mapping[str, Any], changes: Sequence[str] = ()) 
         elif first["loc"][0] in changed:
             source = f"--set {field}"
         raise LoopError(f"{source}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})") from None
-    if config.prompts_file and len(config.prompts) > 1:
-        raise LoopError(f"{path}: prompts: name either one .jsonl file or lm-eval tasks, not both")
+    if len(config.prompts) > 1 and any(map(is_source, config.prompts)):
+        raise LoopError(f"{path}: prompts: name either one file or hub data set, or lm-eval tasks, not both")
     pair = (written[0], written[1]) if isinstance(written[0], str) and isinstance(written[1], str) else None
     return config.model_copy(update={"written_pair": pair})
 
@@ -194,17 +201,20 @@ def rooted(settings: Mapping[str, Any], base: Path) -> dict[str, Any]:
         if isinstance(found.get(key), str):
             found[key] = local_or_hub(found[key], base)
     if isinstance(found.get("prompts"), list):
-        found["prompts"] = [
-            str(base / p) if isinstance(p, str) and p.endswith(".jsonl") else p for p in found["prompts"]
-        ]
+        found["prompts"] = [source(p, base) if isinstance(p, str) else p for p in found["prompts"]]
     if found.get("include_path"):
         found["include_path"] = base / str(found["include_path"])
+    if isinstance(found.get("python"), dict):  # a name alone is found in PATH; a link is not followed: it is the venv's
+        programs = {key: str(value) for key, value in found["python"].items()}
+        found["python"] = {k: os.path.normpath(base / v) if os.sep in v else v for k, v in programs.items()}
     if isinstance(found.get("recipes"), dict):
         found["recipes"] = {key: base / str(value) for key, value in found["recipes"].items()}
     return found
 
 
-def read_recipes(config: LoopConfig, changes: Sequence[str] = ()) -> dict[str, Recipe]:
+def read_recipes(
+    config: LoopConfig, changes: Sequence[str] = (), texts: Mapping[Path, str] = NOTHING
+) -> dict[str, Recipe]:
     """The native recipes by the name of their stage, with what each tool needs of them present.
 
     A local file, folder or pattern that a recipe names is of the working folder, as for the tool itself, or else of the
@@ -213,6 +223,7 @@ def read_recipes(config: LoopConfig, changes: Sequence[str] = ()) -> dict[str, R
     Args:
         config: names them.
         changes: what `--set` says of recipes: "distill.learning_rate=1e-4".
+        texts: as for `load`.
 
     Raises:
         LoopError: if a file is missing or is no mapping, or a change names no recipe of the run.
@@ -226,7 +237,7 @@ def read_recipes(config: LoopConfig, changes: Sequence[str] = ()) -> dict[str, R
     recipes: dict[str, Recipe] = {}
     for name, file in files.items():
         if file:
-            recipes[name] = located(read_yaml(file), file.resolve().parent)
+            recipes[name] = located(read_yaml(file, texts), file.resolve().parent)
     for place, value in map(assignment, changes):
         if place[0] in Recipes.model_fields and len(place) > 1:
             name = "distill" if (place[0], config.distill) == ("on_policy", "on-policy") else place[0]
@@ -289,6 +300,11 @@ def located(value: Any, folder: Path) -> Any:
             if any(sign in value for sign in "*?[") and glob.glob(str(base / value), recursive=True):
                 return str(base / value)
     return value
+
+
+def source(name: str, base: Path) -> str:
+    """An absolute path where `name` is that of a prompts file (seen from `base`), else `name` itself."""
+    return str(base / name) if name.endswith(FILES) else name
 
 
 def local_or_hub(name: str, base: Path) -> str:

@@ -115,7 +115,7 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
     store, folder = Store(out / "stages"), RunDir(out / config.name)
     noted = folder.noted()
     pair, on_hub = check_pair(config)
-    prompts = checks.checked_prompts(config.prompts_file) if config.prompts_file else None
+    prompts = checks.checked_prompts(config.own_prompts) if config.own_prompts else None
     if config.include_path and not config.include_path.is_dir():
         raise LoopError(f"--include-path {config.include_path}: no such folder")
     known = Known(store.root / ".known.json", view.hashing)

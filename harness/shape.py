@@ -6,6 +6,7 @@ knows can be read, not one family's formula. Weights need not be there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,17 @@ def read_shape(folder: Path) -> Shape:
 
 def of_config(values: Mapping[str, Any]) -> Shape:
     """The shape that a config.json describes; nothing is loaded or downloaded."""
+    logging.disable(logging.WARNING)  # what the libraries say as they are imported is no reader's concern
+    try:
+        return _of_config(dict(values))
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _of_config(values: dict[str, Any]) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = dict(values)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

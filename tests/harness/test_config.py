@@ -77,7 +77,7 @@ def test_paths_in_the_file_are_relative_to_it_and_options_to_the_working_folder(
     config = load(file, {"thinking": "mine", "t": None})
     assert config.instruct == str(tmp_path / "there" / "a")
     assert config.thinking == str(tmp_path / "here" / "mine")
-    assert config.prompts_file == tmp_path / "there" / "own.jsonl"
+    assert config.own_prompts == str(tmp_path / "there" / "own.jsonl")
     assert config.include_path == tmp_path / "there" / "tasks"
     assert config.recipes.distill == tmp_path / "there" / "distill.yml"
     assert load(Path("../there/loop.yml"), {}).recipes.distill == tmp_path / "there" / "distill.yml"
@@ -109,13 +109,13 @@ def test_the_pair_as_it_is_written_is_kept_beside_the_one_that_is_asked_for(tmp_
 @pytest.mark.parametrize("prompts", [["mine.jsonl"], ["a,b.jsonl"]])
 def test_one_jsonl_file_is_the_user_s_own_prompts(tmp_path: Path, prompts: list[str]) -> None:
     config = load(written(tmp_path, prompts=prompts), {})
-    assert config.prompts_file == tmp_path / prompts[0]  # a comma is part of its name
+    assert config.own_prompts == str(tmp_path / prompts[0])  # a comma is part of its name
     assert config.prompt_tasks == ["prompts_file"]
 
 
 def test_tasks_that_bring_prompts_are_named(tmp_path: Path) -> None:
     config = load(written(tmp_path, prompts=["p", "q"]), {})
-    assert config.prompts_file is None
+    assert config.own_prompts is None
     assert config.prompt_tasks == ["p", "q"]
 
 
@@ -258,7 +258,7 @@ def test_paths_that_are_set_are_of_the_working_folder_as_options_are(
     monkeypatch.chdir(tmp_path / "here")
     changes = ["instruct=mine", "include_path=mine", "prompts=[own.jsonl]", "recipes.distill=d.yml"]
     config = load(written(tmp_path / "there"), {}, changes)
-    found = [config.instruct, str(config.include_path), str(config.prompts_file), str(config.recipes.distill)]
+    found = [config.instruct, str(config.include_path), str(config.own_prompts), str(config.recipes.distill)]
     assert found == [str(tmp_path / "here" / name) for name in ("mine", "mine", "own.jsonl", "d.yml")]
 
 

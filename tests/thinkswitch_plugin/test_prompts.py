@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkswitch_plugin.prompts import read_prompts
+from thinkswitch_plugin.prompts import is_source, read_prompts
 
 
 def user(content: str) -> dict[str, str]:
@@ -34,6 +37,7 @@ def system(content: str) -> dict[str, str]:
         ({"prompt": "Why?"}, [user("Why?")]),
         ({"prompt": " two\nlines \u2028"}, [user(" two\nlines \u2028")]),
         ({"prompt": "first", "problem": "second"}, [user("first")]),
+        ({"question": "How many?", "answer": "4"}, [user("How many?")]),
         ({"messages": [user("a")], "prompt": "b"}, [user("a")]),
         ({"messages": [system("s"), user("a")]}, [system("s"), user("a")]),
         ({"messages": [user("a"), assistant("b"), user("c")]}, [user("a"), assistant("b"), user("c")]),
@@ -63,7 +67,7 @@ def test_rows_keep_their_order_and_ids(tmp_path: Path) -> None:
         ("", "the row is empty"),
         ("   ", "the row is empty"),
         ("{}", "no prompt (its keys: none)"),
-        ('{"question": "a"}', "no prompt (its keys: question)"),
+        ('{"text": "a"}', "no prompt (its keys: text)"),
         ("not json", "not JSON"),
         ('{"prompt": "a"', "not JSON"),
         ('{"prompt": "a"} {"prompt": "b"}', "not JSON"),
@@ -127,6 +131,85 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, texts: list
     lines = [json.dumps({"prompt": text}, ensure_ascii=ascii_only) + "\n" for text in texts]
     file.write_text("".join(lines), encoding="utf-8", newline="")
     assert [row["messages"][0]["content"] for row in read_prompts(file)] == texts
+
+
+def test_a_csv_has_a_column_of_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text('\ufeffanswer,problem,id\n4,"two, and\ntwo?",a\n,three?,\n', encoding="utf-8")
+    assert read_prompts(file) == [
+        {"id": "a", "messages": [user("two, and\ntwo?")]},
+        {"id": "4", "messages": [user("three?")]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "there are no rows"),
+        (b"problem\n", "there are no rows"),
+        (b"text\na\n", "2: the row has no prompt (its keys: text)"),
+        (b"problem\na\n\xe4\n", "3: the row is not UTF-8"),
+        (b'problem\na\n"b\n', "3: not CSV"),
+        (b"problem,answer\n,4\n", "2: `problem` is empty"),
+    ],
+)
+def test_a_broken_csv_is_one_line_that_says_where(tmp_path: Path, text: bytes, says: str) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_bytes(text)
+    with pytest.raises(ValueError, match="^" + re.escape(str(file))) as error:
+        read_prompts(file)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def table(folder: Path, rows: list[dict[str, Any]], name: str = "train.parquet") -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), folder / name)
+    return folder / name
+
+
+def test_a_parquet_file_is_read_without_its_answers(tmp_path: Path) -> None:
+    conversations = [{"messages": [user("a"), assistant("b"), user("c")], "answer": "d", "id": 7}]
+    assert read_prompts(table(tmp_path, conversations)) == [{"id": "7", "messages": conversations[0]["messages"]}]
+    with pytest.raises(ValueError, match=r"has no column of prompts \(it has text\)"):
+        read_prompts(table(tmp_path, [{"text": "a"}]))
+    with pytest.raises(ValueError, match=r"parquet:2: `prompt` is empty"):
+        read_prompts(table(tmp_path, [{"prompt": "a"}, {"prompt": ""}]))
+    (tmp_path / "none.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        read_prompts(tmp_path / "none.parquet")
+
+
+def test_a_data_set_of_the_hub_is_asked_for_its_training_split_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A folder of the data set's name is what the library reads where no hub is.
+    folder = tmp_path / "someone" / "sums" / "data"
+    folder.mkdir(parents=True)
+    table(folder, [{"question": "1+1?", "answer": "2"}, {"question": "1+2?", "answer": "3"}], "train-0.parquet")
+    table(folder, [{"question": "9+9?", "answer": "18"}], "test-0.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert [row["messages"] for row in read_prompts("someone/sums")] == [[user("1+1?")], [user("1+2?")]]
+    (folder / "train-0.parquet").unlink()
+    with pytest.raises(ValueError, match="^someone/sums: the hub gave no split `train`"):
+        read_prompts("someone/sums")
+    with pytest.raises(ValueError, match=r"^nobody/nothing@v1: .*HF_TOKEN") as error:
+        read_prompts("nobody/nothing@v1")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mine.jsonl", True),
+        ("./some/where/mine.csv", True),
+        ("owner/name", True),
+        ("owner/name:main@v1", True),
+        ("mini_math_prompts", False),
+        ("my_tasks/../x", False),
+    ],
+)
+def test_a_source_is_told_from_a_task(name: str, said: bool) -> None:
+    assert is_source(name) == said
 
 
 def test_reading_imports_nothing_heavy() -> None:
