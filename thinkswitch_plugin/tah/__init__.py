@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from thinkswitch_plugin.tah.model import TaHForCausalLM
     from thinkswitch_plugin.tah.plugin import TaHPlugin
 
-__all__ = ["TaHArgs", "TaHBlock", "TaHConfig", "TaHForCausalLM", "TaHPlugin"]
+LOADER = "tah_auto.py"  # of a checkpoint: the one file of code there
+
+__all__ = ["LOADER", "TaHArgs", "TaHBlock", "TaHConfig", "TaHForCausalLM", "TaHPlugin"]
 
 __getattr__ = attributes(
     __name__,

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from thinkswitch_plugin.recipe import checked
+from thinkswitch_plugin.tah import LOADER as LOADER
 
 PLUGIN = "thinkswitch_plugin.tah.TaHPlugin"
 ADAPTER = "tah"
-LOADER = "tah_auto.py"  # of a checkpoint: the one file of code there
 
 
 class TaHBlock(BaseModel):

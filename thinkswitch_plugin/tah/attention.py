@@ -17,7 +17,7 @@ different number of times, more than two depths), those make a mask.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "tah_sdpa"
 EMPTY = 2**62  # column and depth of an empty slot: beyond any query's, and a number that padding with floats keeps
-SPARE_SLOTS = 16  # keys that a buffer grows by at least; otherwise it doubles
+SPARE_SLOTS = 64  # keys that a buffer grows by at least
+GROWTH = 8  # otherwise by an eighth: each key is copied eight times in all, and little lies idle
 
 Layers = dict[int, tuple[Tensor, Tensor]]
+Padding = Literal["none", "right", "mixed"]  # where rows are padded: nowhere, behind their tokens, anywhere
 
 
 class TaHCache:
@@ -73,25 +75,41 @@ class TaHCache:
 
     # --- passes ---
 
-    def first(self, valid: Tensor, padded: bool) -> Pass:
-        """The pass at depth 1 over new tokens; valid: bool [B, T], and whether any of it is False."""
+    def first(self, valid: Tensor, padding: Padding) -> Pass:
+        """The pass at depth 1 over new tokens.
+
+        Args:
+            valid: bool [B, T], False at padding.
+            padding: where some is. What only follows a row's tokens is seen by none of them, as attention is causal:
+                no mask is made, so that kernels without one (flash attention) may run.
+        """
         start, end = self.length, self.length + valid.shape[1]
         if start:
             self._hold()
             self._grow(0, end)
-        if padded and self.valid is None:
-            self.valid = valid.new_ones(valid.shape[0], start)
-        if self.valid is not None:
-            self.valid = torch.cat([self.valid, valid], dim=1)
+        behind = padding == "right" and not start
+        masked = self.valid is not None or (padding != "none" and not behind) or (start and valid.shape[1] > 1)
+        self.see(valid, padding)
         self.length = end
         mask = None
-        if self.valid is not None or (start and valid.shape[1] > 1):
+        if masked:
             column = torch.arange(end, device=valid.device)
             mask = (column <= column[start:, None])[None]
             mask = (mask if self.valid is None else mask & self.valid[:, None, :])[:, None]
         if not start:
             self.fresh = [{}]
         return Pass(self, 1, mask, view=(None, self.capacity, self.capacity + end))
+
+    def see(self, valid: Tensor, padding: Padding) -> None:
+        """Note which of the new tokens, bool [B, T], are no padding."""
+        if padding != "none" and self.valid is None:
+            self.valid = valid.new_ones(valid.shape[0], self.length)
+        if self.valid is not None:
+            self.valid = torch.cat([self.valid, valid], dim=1)
+
+    def pad_last(self, valid: Tensor) -> None:
+        """The newest token turned out to be padding in some rows, bool [B, 1], and there was none before."""
+        self.valid = torch.cat([valid.new_ones(len(valid), self.length - 1), valid], dim=1)
 
     def deeper(self, depth: int, row: Tensor, slot: Tensor, columns: Tensor, counts: list[int]) -> Pass:
         """A pass at depth 2 or more over the tokens that continue, of all rows.
@@ -184,31 +202,44 @@ class TaHCache:
             places.append((row, slot, at))
             before = before + count
         end = self.capacity + self.length
-        for layer, pair in self.fresh[0].items():
+        shallower, *deeper = self.fresh
+        # A layer's own keys go as soon as they are copied: at no time are there two of everything.
+        for layer in list(shallower):
+            pair = shallower.pop(layer)
+            passes = [held.pop(layer) for held in deeper]
             joined = []
             for which, shallow in enumerate(pair):
                 buffer = shallow.new_zeros(*shallow.shape[:2], end + SPARE_SLOTS, shallow.shape[3])
                 buffer[:, :, self.capacity : end] = shallow
-                for (row, slot, at), deeper in zip(places, self.fresh[1:], strict=True):
-                    buffer[row, :, at] = deeper[layer][which][row, :, slot]
+                for (row, slot, at), held in zip(places, passes, strict=True):
+                    buffer[row, :, at] = held[which][row, :, slot]
                 joined.append(buffer)
             self.buffers[layer] = (joined[0], joined[1])
         self.fresh, self.fresh_columns = [], []
 
     def _grow(self, deep: int, shallow: int) -> None:
         """Let every buffer hold `deep` deeper keys left of D and `shallow` keys of depth 1 right of it."""
-        some = next(iter(self.buffers.values()))[0]
-        more_deep = max(self.capacity, deep + SPARE_SLOTS) if deep > self.capacity else 0
-        right = some.shape[2] - self.capacity
-        more_shallow = max(right, shallow + SPARE_SLOTS) if shallow > right else 0
+        right = next(iter(self.buffers.values()))[0].shape[2] - self.capacity
+        more_deep = _more(self.capacity, deep)
+        more_shallow = _more(right, shallow)
         if not more_deep and not more_shallow:
             return
         sides = (0, 0, more_deep, more_shallow)
         pad = torch.nn.functional.pad
-        self.buffers = {layer: (pad(k, sides), pad(v, sides)) for layer, (k, v) in self.buffers.items()}
+        for layer in self.buffers:
+            # One tensor after the other, each dropped when its copy is there.
+            k, v = self.buffers[layer]
+            self.buffers[layer] = (k := pad(k, sides), v)
+            self.buffers[layer] = (k, pad(v, sides))
+            del k, v
         self.columns = pad(self.columns, (more_deep, 0), value=EMPTY)
         self.depths = pad(self.depths, (more_deep, 0), value=EMPTY)
         self.capacity += more_deep
+
+
+def _more(slots: int, wanted: int) -> int:
+    """By how many a side that has so many slots grows, so that it holds `wanted`."""
+    return max(wanted - slots, SPARE_SLOTS, slots // GROWTH) if wanted > slots else 0
 
 
 class _Scatter(NamedTuple):

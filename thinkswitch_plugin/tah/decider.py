@@ -71,6 +71,10 @@ class Decider(nn.Module):
         Returns:
             [N]; a token continues where their sigmoid is above the threshold.
         """
+        device = logits.device.type
+        if torch.is_autocast_enabled(device):  # it would learn to decide by fewer digits than it is asked with
+            with torch.autocast(device, enabled=False):
+                return self(states, logits)
         dtype = self.out.weight.dtype  # of its own: at the paper's learning rate bfloat16 loses most updates
         x = self.combine(torch.cat([*(s.to(dtype) for s in states), self.read_logits(logits.to(dtype))], dim=-1))
         return self.out(self.norm(self.blocks(self.project(x)))).squeeze(-1)
