@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError, StageError
+from harness.interpreters import Interpreter
 from harness.stages import OWN, RECIPE, External, Output, Recipe, Source, slot
 from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, Trace
 
@@ -33,6 +34,8 @@ PHASES = {
     "": "questions written out",  # the bar has no name
     "Running generate_until": "questions answered",
     "Generating": "questions answered",
+    "Processed prompts": "questions answered",  # vLLM's, whose first bar is of what it was given
+    "Adding requests": "questions handed over",
     "Loading": "weights loaded",
 }
 
@@ -55,9 +58,13 @@ class Settings:
 
 
 def recipe_for(
-    recipe: Recipe, settings: Settings, tasks: Sequence[str], checkpoint: Source
+    recipe: Recipe,
+    settings: Settings,
+    tasks: Sequence[str],
+    checkpoint: Source,
+    interpreter: Interpreter | None = None,
 ) -> tuple[Recipe, dict[str, Source]]:
-    """An lm-eval config for a checkpoint and these tasks, and what it reads.
+    """An lm-eval config for a checkpoint and these tasks, and what it reads; `interpreter` runs it if not this one.
 
     Raises:
         LoopError: if the recipe has a setting with which the loop could not go on.
@@ -91,12 +98,21 @@ def recipe_for(
     if settings.include_path:
         result["include_path"] = slot("include_path")
         inputs["include_path"] = External(str(settings.include_path), "tasks")  # whose definitions the key holds
+    if interpreter:
+        inputs["python"] = External(interpreter.path, f"python {interpreter.python}")  # wherever it lies
     return result, inputs
 
 
-def commands_for(recipe: Recipe, nf4: bool) -> list[tuple[str, ...]]:
-    """The commands that ask what a recipe says; `nf4`: of an NF4 copy, which is made first and put into the recipe."""
-    ask = ("lm_eval", "run", "--config", f"{OWN}/{RECIPE}")
+def commands_for(recipe: Recipe, nf4: bool, interpreter: Interpreter | None = None) -> list[tuple[str, ...]]:
+    """The commands that ask what a recipe says.
+
+    Args:
+        recipe: what `recipe_for` made.
+        nf4: of an NF4 copy, which is made first, here, and put into the recipe.
+        interpreter: whose lm-eval asks; None for this environment's.
+    """
+    tool = (slot("python"), "-m", "lm_eval") if interpreter else ("lm_eval",)
+    ask = (*tool, "run", "--config", f"{OWN}/{RECIPE}")
     if not nf4:
         return [ask]
     recipe["model_args"]["pretrained"] = f"{OWN}/{NF4_COPY}"

@@ -259,7 +259,10 @@ def become(command: list[str], environment: dict[str, str], log: str, preloaded:
         os.dup2(sink, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update(environment)
-        if preloaded:
+        if os.sep in command[0]:  # another environment's, whose own tools come first as if it were activated
+            os.environ["PATH"] = f"{os.path.dirname(command[0])}{os.pathsep}{os.environ.get('PATH', '')}"
+            os.execv(command[0], command)
+        elif preloaded:
             code = in_process(command)
         elif program := sys.executable if command[0] == "python" else shutil.which(command[0]):
             os.execv(program, command)

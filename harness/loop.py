@@ -16,10 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness import checks, outcomes, page, schedule, tasks
+from harness import checks, interpreters, outcomes, page, schedule, tasks
+from harness.asking import SERVED, TOOLS
 from harness.config import LoopConfig
 from harness.errors import LoopError, StageError
 from harness.files import below, digest, disk_errors, write_json
+from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
 from harness.runner import Runner, Usage, devices, start
@@ -148,7 +150,15 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
 
     tah = frozenset(role for role, path in pair.items() if checks.is_tah(path))
     inputs = Inputs(
-        recipes, externals["instruct"], externals["thinking"], tah, prompt_tasks, test_tasks, prompts, identify
+        recipes,
+        externals["instruct"],
+        externals["thinking"],
+        tah,
+        prompt_tasks,
+        test_tasks,
+        prompts,
+        identify,
+        interpreters_of(config, recipes),
     )
     total = max(config.iterations, *(step["iteration"] for step in noted.get("steps", [])), 0)
     steps = plan(config, inputs, total)
@@ -163,6 +173,27 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
     if wishes.again_from:
         run.again |= from_step(run, wishes.again_from)
     return run
+
+
+def interpreters_of(config: LoopConfig, recipes: Mapping[str, Recipe]) -> dict[str, Interpreter]:
+    """Whose lm-eval runs which recipe, where it is not this environment's.
+
+    Raises:
+        LoopError: if an environment cannot ask what its recipe says.
+    """
+    here = versions(TOOLS)
+    own = {name: here[name] for name in ("thinkswitch_plugin", "grading")}
+    named = {str(name): path for name, path in config.python.items()}
+    if "evaluate" in named and "evaluate_thinking" in recipes:
+        named.setdefault("evaluate_thinking", named["evaluate"])
+    found: dict[str, Interpreter] = {}
+    for name in ("generate", "evaluate", "evaluate_thinking"):
+        if name in named and name in recipes:
+            found[name] = interpreters.look(named[name], f"loop.yml: python: {name}", TOOLS, own)
+        model = recipes.get(name, {}).get("model")
+        if model in SERVED:
+            interpreters.check_model(model, name, found[name].versions if name in found else here)
+    return found
 
 
 def check_pair(config: LoopConfig) -> tuple[dict[str, Path], dict[str, str]]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from harness.asking import Settings
 from harness.config import LoopConfig
+from harness.interpreters import Interpreter
 from harness.stages import OWN, External, Output, Recipe, Stage, distill, evaluate, generate, placed, reconstruct, slot
 from harness.tasks import Task
 
@@ -47,6 +48,7 @@ class Inputs(NamedTuple):
         prompt_tasks: lm-eval's tasks that ask the prompts.
         test_tasks: those that are scored.
         prompts: the user's own prompts, None where tasks bring theirs.
+        interpreters: whose lm-eval asks, by the name of the recipe; this environment's where there is none.
         identify: what a local file that a recipe names, under a key, is; None for what is none.
     """
 
@@ -58,6 +60,7 @@ class Inputs(NamedTuple):
     test_tasks: list[Task]
     prompts: list[dict[str, Any]] | None
     identify: Callable[[str, str], str | None]
+    interpreters: Mapping[str, Interpreter] = {}
 
 
 def plan(config: LoopConfig, inputs: Inputs, iterations: int) -> list[Step]:
@@ -74,14 +77,15 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int) -> Iterator[Step
 
     def tests(k: int) -> Iterator[Step]:
         for who, checkpoint in (("instruct", instruct), ("thinking", thinking)):
-            recipe = recipes.get(f"evaluate_{who}", recipes["evaluate"])
-            tah = who in inputs.tah
-            tested = evaluate.build(recipe, settings, inputs.test_tasks, checkpoint, tah)
+            name = f"evaluate_{who}" if f"evaluate_{who}" in recipes else "evaluate"
+            tah, asks = who in inputs.tah, inputs.interpreters.get(name)
+            tested = evaluate.build(recipes[name], settings, inputs.test_tasks, checkpoint, tah, asks)
             yield Step(k, f"evaluate_{who}", pinned(tested, identify), who)
 
     yield from tests(0)
     for k in range(1, iterations + 1):
-        labels = generate.build(recipes["generate"], settings, inputs.prompt_tasks, thinking, inputs.prompts)
+        asks = inputs.interpreters.get("generate")
+        labels = generate.build(recipes["generate"], settings, inputs.prompt_tasks, thinking, inputs.prompts, asks)
         labels = pinned(labels, identify)
         yield Step(k, "generate", labels)
         learnt = distill.build(recipes["distill"], config.seed, config.launcher, instruct, thinking, labels, names)

@@ -162,7 +162,7 @@ class LocalRunner:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Usage:
         """As `Runner.run`."""
-        title = " ".join(command[:3] if command[:2] == ["python", "-m"] else command[:2])
+        title = " ".join([Path(command[0]).name, *command[1 : 3 if command[1:2] == ["-m"] else 2]])
         log.parent.mkdir(parents=True, exist_ok=True)
         start = log.stat().st_size if log.exists() else 0
         self.wait()

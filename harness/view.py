@@ -127,7 +127,7 @@ class View:
             part = f" ({number + 1}/{len(stage.commands)})" if len(stage.commands) > 1 else ""
             step = self.places[key]
             title = f"{step.checkpoint} {stage.kind.title}".strip()
-            tool = " ".join(command[:3]) if command[0] == "python" else command[0]
+            tool = " ".join(command[:3]) if command[1:2] == ["-m"] else command[0]
             where = f"iteration {step.iteration}/{self.iterations}  {_name(step)}{part}: {title}  {tool}"
             self._drop(key)
             self._bar(where, key, 0, None, "")

@@ -113,6 +113,7 @@ class Stage:
         device: whether it wants an accelerator where there is one.
         wide: whether it takes all devices at once.
         whole_cpu: whether it takes all cores where it does not run on an accelerator.
+        versions: of the tools, where its commands run in another environment than this one.
     """
 
     kind: Kind
@@ -126,6 +127,7 @@ class Stage:
     device: Literal["gpu", "cpu"] = "gpu"
     wide: bool = False
     whole_cpu: bool = False
+    versions: Mapping[str, str] | None = None
 
     def needs(self) -> list[Stage]:
         """The stages whose outputs it reads."""
@@ -151,6 +153,7 @@ class Keys:
 
     def material(self, stage: Stage) -> dict[str, Any]:
         """Everything that a stage reads, as plain data: what its key is the hash of."""
+        versions = self.versions if stage.versions is None else stage.versions
         return {
             "kind": stage.kind.name,
             "recipes": dict(stage.recipes),
@@ -158,7 +161,7 @@ class Keys:
             "inputs": {name: self._identity(source) for name, source in stage.inputs.items()},
             "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in stage.files.items()},
             "tasks": dict(stage.tasks),
-            "tools": {name: self.versions[name] for name in stage.kind.tools if name in self.versions},
+            "tools": {name: versions[name] for name in stage.kind.tools if name in versions},
         }
 
     def _identity(self, source: Source) -> str:

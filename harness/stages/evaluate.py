@@ -13,13 +13,21 @@ from harness import asking, outcomes
 from harness.asking import ANSWERS, NF4_COPY, Settings
 from harness.errors import LoopError
 from harness.files import read_json
+from harness.interpreters import Interpreter
 from harness.stages import OWN, RECIPE, Facts, Kind, Recipe, Source, Stage
 from harness.tasks import Task
 
 GRADED, PASSES = "graded.jsonl", "passes.json"
 
 
-def build(recipe: Recipe, settings: Settings, tasks: Sequence[Task], checkpoint: Source, tah: bool = False) -> Stage:
+def build(
+    recipe: Recipe,
+    settings: Settings,
+    tasks: Sequence[Task],
+    checkpoint: Source,
+    tah: bool = False,
+    interpreter: Interpreter | None = None,
+) -> Stage:
     """The stage.
 
     Args:
@@ -28,16 +36,17 @@ def build(recipe: Recipe, settings: Settings, tasks: Sequence[Task], checkpoint:
         tasks: whose questions are asked.
         checkpoint: what is tested.
         tah: it is a TaH checkpoint, whose code was looked at.
+        interpreter: whose lm-eval asks, if not this environment's.
 
     Raises:
         LoopError: if the recipe would have the answers not scored.
     """
-    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks], checkpoint)
+    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks], checkpoint, interpreter)
     if resolved.get("predict_only"):
         raise LoopError("evaluate: predict_only: lm-eval would not score the answers; remove it from the recipe")
     if tah:
         resolved["model_args"]["trust_remote_code"] = True
-    commands = asking.commands_for(resolved, settings.nf4)
+    commands = asking.commands_for(resolved, settings.nf4, interpreter)
     where = (f"{OWN}/{ANSWERS}", "--recipe", f"{OWN}/{RECIPE}", "--out")
     if again := [task.name for task in tasks if not task.grades_traces or task.repeats > 1]:
         commands.append(("python", "-m", "harness.grading", *where, f"{OWN}/{GRADED}", *again))
@@ -52,6 +61,7 @@ def build(recipe: Recipe, settings: Settings, tasks: Sequence[Task], checkpoint:
         scratch=(NF4_COPY,),
         device=asking.device_of(resolved),
         wide=asking.is_wide(resolved),
+        versions=interpreter.versions if interpreter else None,
     )
 
 

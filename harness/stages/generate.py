@@ -10,6 +10,7 @@ from typing import Any
 from harness import asking, outcomes
 from harness.asking import ANSWERS, NF4_COPY, Settings
 from harness.errors import StageError
+from harness.interpreters import Interpreter
 from harness.stages import OWN, RECIPE, Facts, Kind, Recipe, Source, Stage
 from harness.tasks import Task
 
@@ -17,7 +18,12 @@ PROMPTS = "prompts.jsonl"
 
 
 def build(
-    recipe: Recipe, settings: Settings, tasks: Sequence[Task], thinking: Source, prompts: list[dict[str, Any]] | None
+    recipe: Recipe,
+    settings: Settings,
+    tasks: Sequence[Task],
+    thinking: Source,
+    prompts: list[dict[str, Any]] | None,
+    interpreter: Interpreter | None = None,
 ) -> Stage:
     """The stage.
 
@@ -27,14 +33,15 @@ def build(
         tasks: whose prompts are asked.
         thinking: the checkpoint that answers.
         prompts: the user's own, as `read_prompts` gives them, where the task is `prompts_file`.
+        interpreter: whose lm-eval asks, if not this environment's.
     """
-    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks], thinking)
+    resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks], thinking, interpreter)
     resolved["predict_only"] = True
     files = {}
     if prompts is not None:
         resolved["metadata"] = {**(resolved.get("metadata") or {}), "prompts_file": f"{OWN}/{PROMPTS}"}
         files[PROMPTS] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prompts)
-    commands = asking.commands_for(resolved, settings.nf4)
+    commands = asking.commands_for(resolved, settings.nf4, interpreter)
     return Stage(
         KIND,
         {RECIPE: resolved},
@@ -45,6 +52,7 @@ def build(
         scratch=(NF4_COPY,),
         device=asking.device_of(resolved),
         wide=asking.is_wide(resolved),
+        versions=interpreter.versions if interpreter else None,
     )
 
 
