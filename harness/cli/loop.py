@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+
+if TYPE_CHECKING:
+    from harness.card import Card
+    from harness.config import LoopConfig
+    from harness.stages import Recipe
 
 HELP = """Move a thinking checkpoint's skill into its instruct twin.
 
@@ -23,7 +29,9 @@ PARAMETERS: list[click.Parameter] = [
     click.Option(["--instruct"], help="The instruct checkpoint: a folder or a hub id (owner/name@revision)."),
     click.Option(["--thinking"], help="The thinking checkpoint: a folder or a hub id."),
     click.Option(
-        ["--prompts"], help="Your prompts: a .jsonl of `problem`, `prompt` or `messages` rows; or lm-eval tasks."
+        ["--prompts"],
+        help="Your prompts: a file (.jsonl, .csv, .parquet) or hub data set (owner/name) with a column `problem`, "
+        "`prompt`, `question` or `messages`; or lm-eval tasks.",
     ),
     click.Option(["--tasks"], help="What to score: lm-eval tasks, groups or patterns, separated by commas."),
     click.Option(["--include-path"], type=click.Path(path_type=Path), help="A folder with your own lm-eval tasks."),
@@ -96,18 +104,13 @@ def callback(
     from rich.console import Console
 
     from harness import loop, runner
-    from harness.config import load, read_recipes, recipes_folder
     from harness.view import View
 
-    for key in ("prompts", "tasks"):
-        if overrides[key] is not None:
-            overrides[key] = listed(overrides[key])
-    if overrides["include_path"]:
-        overrides["include_path"] = overrides["include_path"].resolve()
-    settings = load(config or recipes_folder() / "loop.yml", overrides, changes)
-    recipes = read_recipes(settings, changes)
     console = Console(highlight=False, stderr=as_json or dry_run)
     view = View(console, quiet=quiet or dry_run, verbose=verbose)
+    settings, recipes, said = asked_for(config, overrides, changes)
+    if not quiet:
+        click.echo("".join(f"{line}\n" for line in said), err=True, nl=False)
     wishes = loop.Wishes(again_from, verify)
     out = out.resolve()
     with ExitStack() as stack:
@@ -127,8 +130,52 @@ def callback(
         click.echo(json.dumps(results, indent=2))
 
 
+def asked_for(
+    config: Path | None, options: Mapping[str, Any], changes: Sequence[str], card: Card | None = None
+) -> tuple[LoopConfig, dict[str, Recipe], list[str]]:
+    """What the command line asks for: the run, its recipes, and what is to be said of them.
+
+    Without a `loop.yml` the shipped one is meant; for a pair that its recipes are not made for, what `ts-loop init`
+    would write.
+
+    Args:
+        config: a loop.yml.
+        options: of the command line, by their fields' names, as they were typed.
+        changes: what `--set` says.
+        card: what recipes are made for; None for the device at hand.
+
+    Raises:
+        LoopError: with the first thing that is wrong.
+    """
+    from harness.config import load, local_or_hub, read_recipes, recipes_folder
+
+    found = dict(options)
+    for key in ("prompts", "tasks"):
+        if found.get(key) is not None:
+            found[key] = listed(found[key])
+    if found.get("include_path"):
+        found["include_path"] = found["include_path"].resolve()
+    path, texts, said = config or recipes_folder() / "loop.yml", {}, []
+    pair = {role: local_or_hub(found[role], Path.cwd()) for role in ("instruct", "thinking") if found.get(role)}
+    if config is None and len(pair) == 2:
+        from harness import own
+
+        if not own.is_embedded(pair):
+            asked = {key: found.get(key) for key in ("prompts", "tasks", "include_path", "name")}
+            written = own.prepared(pair, card, Path(pair["instruct"]).name, **asked)
+            path = Path.cwd() / "ts-loop init" / "loop.yml"  # nothing lies there
+            texts = {path.parent / name: text for name, text in written.texts.items()}
+            said = ["no --config: recipes are made for this pair, as `ts-loop init FOLDER …` would write them to edit"]
+            said += [f"  {what}: {value}" for what, value in written.facts]
+    settings = load(path, found, changes, texts)
+    return settings, read_recipes(settings, changes, texts), said
+
+
 def listed(text: str) -> list[str]:
-    """What an option names: one .jsonl file, whose path may hold commas, or names with commas between them."""
-    if text.endswith(".jsonl"):
-        return [str(Path(text).resolve())]
+    """What an option names: one file or hub data set, whose name may hold commas, or names with commas between them."""
+    from harness.config import source
+    from thinkswitch_plugin.prompts import is_source
+
+    if is_source(text):
+        return [source(text, Path.cwd())]
     return [part.strip() for part in text.split(",") if part.strip()]
