@@ -23,9 +23,9 @@ Examples:
   ts-loop --dry-run                              the native commands, and nothing run
   ts-loop --limit 20 --iters 1 --name smoke      does everything work? 20 questions and prompts
   ts-loop --set distill.learning_rate=1e-3       a recipe's own setting; what depends on it runs again
-  ts-loop --instruct Qwen/Qwen3-4B-Instruct-2507 --thinking Qwen/Qwen3-4B-Thinking-2507
-          --config recipes/qwen3_4b/loop.yml     the paper's pair, on one GPU
-  ts-loop --prompts mine.jsonl --tasks my_task --include-path my_tasks/
+  ts-loop init mine --instruct PATH --thinking PATH --prompts mine.jsonl
+  ts-loop --config mine/loop.yml                 your own pair, by recipes made for it and for this machine
+  ts-loop --config recipes/qwen3_4b/loop.yml     the paper's pair, on one GPU
 
 \b
 Run again with the same --name and it continues where it stopped; what a change makes stale runs again, nothing else.
