@@ -30,6 +30,8 @@ UNFIT = {
     "cache_requests": "lm-eval would ask as it did under other settings",
     "samples": "--limit asks fewer questions",
 }
+BUDGETS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names for one thing
+LM_EVAL_TOKENS = 256  # of an answer where nobody says how many
 PHASES = {
     "": "questions written out",  # the bar has no name
     "Running generate_until": "questions answered",
@@ -208,6 +210,13 @@ def opened_trace(sample: Mapping[str, Any]) -> bool:
     prompt = prompt_of(sample)
     ends_open = isinstance(prompt, str) and prompt.rstrip().endswith(tuple(opening for opening, _ in DEFAULT_TAGS))
     return bool(sample["doc"].get("trace_opened", ends_open))
+
+
+def token_budget(sample: Mapping[str, Any], recipe: Recipe) -> int:
+    """How many tokens an answer could have: the task says so, or the recipe, or else lm-eval."""
+    said = (sample["arguments"]["gen_args_0"].get("arg_1") or {}, recipe.get("model_args") or {})
+    named = [settings[name] for settings in said for name in BUDGETS if settings.get(name) is not None]
+    return int(named[0]) if named else LM_EVAL_TOKENS
 
 
 def after_trace(text: str, trace: Trace) -> str:

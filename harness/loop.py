@@ -330,7 +330,7 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
         inside = stage.kind.checkpoint
         if inside and not any((folder / inside).glob("*.safetensors")):
             raise StageError(f"{key}: its commands ended well and left no weights in {folder / inside}\nsee {log}")
-        facts = stage.kind.read(folder, stage)
+        facts = stage.kind.read(folder, stage, run.pair["instruct"])
     unchanged(run)
     run.store.finish(
         key,

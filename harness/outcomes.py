@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.asking import after_trace, asked_tasks, opened_trace, samples, texts
+from harness.asking import after_trace, asked_tasks, opened_trace, samples, texts, token_budget
 from harness.errors import StageError
+from harness.stages import RECIPE, Stage
 from harness.stats import interval
 from thinkswitch_plugin.trace_stripping import split_trace
 
 AGAIN = "remove its folder and run the same command again"
+NEARLY = 0.99  # of its tokens: an answer of so many was cut off
 QUESTION_HEX = 16  # of SHA-256: 64 bits, of which no two of a million questions share all
 Row = dict[str, Any]
 Counter = Callable[[str], int]
@@ -68,6 +70,38 @@ def closed_share(folder: Path, tasks: Iterable[str]) -> tuple[int, int]:
             closed += statuses.count("closed")
             total += len(statuses)
     return closed, total
+
+
+def cut_off(folder: Path, stage: Stage, tokenizer: Path | None) -> dict[str, Any]:
+    """How many answers used up their tokens: `{"cut": …, "answers": …, "budget": tokens}`, `budget` the largest.
+
+    lm-eval does not log why an answer ended. Counted are answers of at least 99 % of what they could have: a sampled
+    text, read by its tokenizer again, may have a few tokens fewer.
+
+    Returns:
+        Those facts under `cut_off`; nothing where none was cut, or no tokenizer counts.
+    """
+    count = token_counter(tokenizer) if tokenizer else None
+    if count is None:
+        return {}
+    cut = answers = largest = 0
+    recipe = stage.recipes[RECIPE]
+    for task, n in asked_tasks(folder).items():
+        for sample in samples(folder, task, n):
+            budget = token_budget(sample, recipe)
+            largest = max(largest, budget)
+            written = texts(sample, task)
+            answers += len(written)
+            # A token has a byte or more: what is too short for it need not be counted.
+            cut += sum(len(text.encode()) >= NEARLY * budget and count(text) >= NEARLY * budget for text in written)
+    return {"cut_off": {"cut": cut, "answers": answers, "budget": largest}} if cut else {}
+
+
+def cut_note(facts: Mapping[str, Any]) -> str:
+    """How many answers used up their tokens, where any did."""
+    if not (found := facts.get("cut_off")):
+        return ""
+    return f"{found['cut']} of {found['answers']} answers were cut off at {found['budget']:,} tokens (max_gen_toks)"
 
 
 def read(folder: Path, checkpoint: Path | None, graded: Path | None = None) -> list[Outcome]:

@@ -156,7 +156,8 @@ class View:
             self._drop(key)
             self.rows += rows
             where = f"iteration {step.iteration}/{self.iterations}  {_name(step):<17}"
-            note = step.stage.kind.note(record["facts"]) or "  ".join(f"{r['task']} {r['accuracy']:.1%}" for r in rows)
+            scores = [f"{row['task']} {row['accuracy']:.1%}" for row in rows]
+            note = "  ".join(filter(None, [*scores, step.stage.kind.note(record["facts"])]))
             if key in self.todo:
                 self.todo.discard(key)
                 self.done += 1

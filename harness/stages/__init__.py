@@ -59,7 +59,7 @@ class Output:
 Source = External | Output
 
 
-def _nothing(folder: Path, stage: Stage) -> Facts:
+def _nothing(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:
     return {}
 
 
@@ -80,8 +80,9 @@ class Kind:
         title: what it does, said to a person.
         tools: distributions whose versions decide what comes out.
         phases: what a tool's own progress bar calls it → what it counts, said to a person; the first that fits.
-        read: what is kept in the record of what it left; raises `StageError` where the loop cannot go on with that.
-            `per_task` of it, by task, goes into the rows of `results.json`.
+        read: what is kept in the record of what it left, tokens counted with a checkpoint's tokenizer; raises
+            `StageError` where the loop cannot go on with that. `per_task` of it, by task, goes into the rows of
+            `results.json`.
         note: the one line of those facts.
         outcomes: one `outcomes.Outcome` a question that it asked, tokens counted with a checkpoint's tokenizer.
         checkpoint: the folder inside it that holds a whole checkpoint, which can be made again from the rest.
@@ -91,7 +92,7 @@ class Kind:
     title: str
     tools: tuple[str, ...]
     phases: Mapping[str, str] = field(default_factory=dict)
-    read: Callable[[Path, Stage], Facts] = _nothing
+    read: Callable[[Path, Stage, Path | None], Facts] = _nothing
     note: Callable[[Facts], str] = _no_note
     outcomes: Callable[[Path, Stage, Path | None], list[Any]] = _no_outcomes
     checkpoint: str | None = None

@@ -103,7 +103,7 @@ def build(
     )
 
 
-def read(folder: Path, stage: Stage) -> Facts:
+def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:
     """What the plugins say of the data."""
     left = Path(stage.recipes[RECIPE]["output_dir"].replace(OWN, str(folder)))
     facts: dict[str, Any] = {name: read_json(left / f"{name}.json") for name in SAID}

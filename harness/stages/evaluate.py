@@ -65,10 +65,13 @@ def build(
     )
 
 
-def read(folder: Path, stage: Stage) -> Facts:
-    """What the answers' passes cost, of a TaH checkpoint; the answers themselves are read when they are asked for."""
+def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:
+    """How many answers used up their tokens and, of a TaH checkpoint, what their passes cost.
+
+    The answers themselves are read when they are asked for.
+    """
     outcomes_of(folder, stage, None)  # what cannot be read must not count as done
-    return {"per_task": read_json(folder / PASSES) or {}}
+    return {"per_task": read_json(folder / PASSES) or {}, **outcomes.cut_off(folder / ANSWERS, stage, tokenizer)}
 
 
 def outcomes_of(folder: Path, stage: Stage, tokenizer: Path | None) -> list[outcomes.Outcome]:
@@ -77,4 +80,12 @@ def outcomes_of(folder: Path, stage: Stage, tokenizer: Path | None) -> list[outc
     return outcomes.read(folder / ANSWERS, tokenizer, graded)
 
 
-KIND = Kind("evaluate", "is tested", (*asking.TOOLS, "grading"), asking.PHASES, read, outcomes=outcomes_of)
+KIND = Kind(
+    "evaluate",
+    "is tested",
+    (*asking.TOOLS, "grading"),
+    asking.PHASES,
+    read,
+    note=outcomes.cut_note,
+    outcomes=outcomes_of,
+)

@@ -56,8 +56,8 @@ def build(
     )
 
 
-def read(folder: Path, stage: Stage) -> Facts:
-    """How many of the labels have an answer to learn from.
+def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:
+    """How many of the labels have an answer to learn from, and how many used up their tokens.
 
     Raises:
         StageError: if the thinking checkpoint closed no trace at all.
@@ -69,12 +69,13 @@ def read(folder: Path, stage: Stage) -> Facts:
             "give it more tokens (--set generate.gen_kwargs.max_gen_toks=…), lower --t, or see what it wrote in "
             f"{folder / ANSWERS}"
         )
-    return {"labels": {"closed": closed, "total": total}}
+    return {"labels": {"closed": closed, "total": total}, **outcomes.cut_off(folder / ANSWERS, stage, tokenizer)}
 
 
 def note(facts: Facts) -> str:
     """How many answers can be learnt from."""
-    return f"{facts['labels']['closed']} of {facts['labels']['total']} answers closed their trace"
+    closed = f"{facts['labels']['closed']} of {facts['labels']['total']} answers closed their trace"
+    return "; ".join(filter(None, (closed, outcomes.cut_note(facts))))
 
 
 KIND = Kind("generate", "thinking answers the prompts", asking.TOOLS, asking.PHASES, read, note)

@@ -381,6 +381,21 @@ def test_generate_says_how_many_answers_can_be_learnt_from(tmp_path: Path) -> No
     assert stage.kind.note(facts) == "2 of 3 answers closed their trace"
 
 
+def test_answers_that_used_up_their_tokens_are_told(tmp_path: Path, recipes: Path) -> None:
+    """Of lm-eval's own 256, of the recipe's, of the task's: the nearest word counts; a token of slack, no more."""
+    tokenizer = recipes / "mini/instruct"
+    stage = generate.build(ASK, ASKED, PROMPTS[:1], THINKING, None)
+    written = ["1" * 256, "1" * 254 + "</think>3", "1" * 250 + "</think>3", "3</think>3"]
+    lm_eval_left(tmp_path / "answers", "mini_math_prompts", written)
+    facts = stage.kind.read(tmp_path, stage, tokenizer)
+    assert facts["cut_off"] == {"cut": 2, "answers": 4, "budget": 256}
+    said = "3 of 4 answers closed their trace; 2 of 4 answers were cut off at 256 tokens (max_gen_toks)"
+    assert stage.kind.note(facts) == said
+    assert "cut_off" not in stage.kind.read(tmp_path, stage, None)
+    roomy = generate.build({**ASK, "model_args": {"max_gen_toks": 512}}, ASKED, PROMPTS[:1], THINKING, None)
+    assert "cut_off" not in roomy.kind.read(tmp_path, roomy, tokenizer)
+
+
 def test_nothing_to_learn_from_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     stage = generate.build(ASK, ASKED, PROMPTS[:1], THINKING, None)
     lm_eval_left(tmp_path / "answers", "mini_math_prompts", ["it goes on", "and on"])
