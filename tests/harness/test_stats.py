@@ -1,8 +1,10 @@
-"""Intervals of scores, against the equations they come from."""
+"""Intervals and tests, against the equations they come from, worked examples, and what they promise in simulation."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import random as chance
 import statistics
 
 import pytest
@@ -10,7 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize
 
-from harness.stats import interval
+from harness.stats import (
+    bootstrap,
+    difference,
+    holm,
+    interval,
+    least_gain,
+    over_runs,
+    paired,
+    pass_at,
+    per_correct,
+    power,
+    ratio,
+    spread,
+    transferred,
+)
 
 Z = statistics.NormalDist().inv_cdf(0.975)
 COUNTS = st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -106,3 +122,170 @@ def test_more_questions_say_more() -> None:
 def test_there_is_no_interval_of_nothing() -> None:
     with pytest.raises(ValueError, match="at least one"):
         interval([])
+
+
+def pairs(gained: int, lost: int, same: int) -> tuple[list[float], list[float]]:
+    """Scores before and after, of so many questions gained, lost and neither."""
+    return [0.0] * gained + [1.0] * lost + [1.0] * same, [1.0] * gained + [0.0] * lost + [1.0] * same
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [
+        (5, 0, 0.0625),  # 13 -> 18 of 30: at best
+        (6, 1, 0.125),
+        (10, 0, 2 / 1024),  # 10 -> 20 of 30: at best
+        (15, 5, 0.04139),  # and at the worst that still shows
+        (16, 6, 0.05248),
+        (0, 0, 1.0),
+        (3, 3, 1.0),
+        (25, 12, 0.04703),
+    ],
+)
+def test_mcnemar_s_exact_test_is_a_coin_s(gained: int, lost: int, p: float) -> None:
+    found = paired(*pairs(gained, lost, 10))
+    assert (found.n, found.gained, found.lost) == (gained + lost + 10, gained, lost)
+    tail = sum(math.comb(gained + lost, k) for k in range(max(gained, lost), gained + lost + 1))
+    assert found.p == pytest.approx(min(1.0, 2 * tail / 2 ** (gained + lost)))
+    assert found.p == pytest.approx(p, abs=5e-5)
+
+
+def test_a_published_table_of_matched_pairs() -> None:
+    """Approval of a prime minister asked twice (Agresti, Categorical Data Analysis, table 10.1): 150 and 86 changed."""
+    found = paired(*pairs(86, 150, 1364))
+    assert found.p == pytest.approx(3.716e-5, rel=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_a_paired_test_has_no_side(both: list[tuple[bool, bool]]) -> None:
+    before, after = [float(b) for b, _ in both], [float(a) for _, a in both]
+    there, back = paired(before, after), paired(after, before)
+    assert (there.gained, there.lost, there.p) == (back.lost, back.gained, pytest.approx(back.p))
+
+
+def test_shares_are_tested_by_turning_signs() -> None:
+    before, after = [0.25, 0.5, 0.0, 0.5, 0.75], [0.5, 1.0, 0.75, 0.25, 1.0]
+    differences = [a - b for b, a in zip(before, after, strict=True)]
+    turned = [
+        sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in itertools.product((1, -1), repeat=5)
+    ]
+    exact = sum(abs(total) >= abs(sum(differences)) - 1e-12 for total in turned) / len(turned)
+    assert paired(before, after).p == pytest.approx(exact)
+
+
+def test_chance_is_found_out_once_in_twenty_or_less() -> None:
+    rng = chance.Random(0)
+    alarms = 0
+    for _ in range(1000):
+        n, p = rng.choice([30, 100, 200]), rng.choice([0.2, 0.5, 0.8])
+        before, after = ([float(rng.random() < p) for _ in range(n)] for _ in range(2))
+        alarms += paired(before, after).p <= 0.05
+    assert alarms <= 50
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_wilson_covers_the_truth_of_30_questions(p: float) -> None:
+    covered = 0.0
+    for correct in range(31):
+        low, high = interval(answers(correct, 30))
+        covered += math.comb(30, correct) * p**correct * (1 - p) ** (30 - correct) * (low <= p <= high)
+    assert round(covered, 2) >= 0.93  # 0.9298 at 0.3 and 0.7, exactly: Wilson's own
+
+
+def test_the_bootstrap_covers_the_truth_of_100_questions() -> None:
+    rng = chance.Random(1)
+    covered = 0
+    for _ in range(200):
+        rolls = [(rng.random(), rng.random()) for _ in range(100)]
+        before = [float(a < 0.5) for a, _ in rolls]
+        after = [float(a < 0.5 or b < 0.3) for a, b in rolls]  # of the other half, three in ten: 0.15 more
+        found = difference(before, after)
+        covered += found.low <= 0.15 <= found.high
+    assert covered / 200 >= 0.92
+
+
+def test_several_comparisons_are_corrected() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm's own way, by hand
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_a_correction_keeps_the_order_and_never_helps(ps: list[float]) -> None:
+    corrected = holm(ps)
+    assert all(p <= c <= 1 for p, c in zip(ps, corrected, strict=True))
+    assert sorted(range(len(ps)), key=lambda i: (ps[i], i)) == sorted(
+        range(len(ps)), key=lambda i: (corrected[i], ps[i], i)
+    )
+
+
+def test_power_is_what_simulation_finds() -> None:
+    rng = chance.Random(2)
+    found = 0
+    for _ in range(1000):
+        gained = lost = 0
+        for roll in (rng.random() for _ in range(60)):
+            gained, lost = gained + (roll < 0.25), lost + (roll > 0.92)
+        found += paired(*pairs(gained, lost, 1)).p <= 0.05
+    assert power(60, 0.25, 0.08) == pytest.approx(found / 1000, abs=0.04)
+
+
+def test_few_questions_show_only_large_gains() -> None:
+    assert power(30, least_gain(30), 0) == pytest.approx(0.8, abs=0.01)
+    assert 0.2 < least_gain(30) < 0.3  # of 30, eight and none lost
+    assert least_gain(30) > least_gain(100) > least_gain(200)
+    assert least_gain(100, lost=0.1) > least_gain(100)
+    assert math.isnan(least_gain(5))  # five of five is 0.0625
+
+
+def test_what_is_resampled_is_the_question_with_all_that_is_known_of_it() -> None:
+    before, after = [0.0, 1.0] * 50, [1.0, 2.0] * 50
+    found = difference(before, after)  # one more for each question, whichever are drawn
+    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+    halved = ratio([10.0, 20.0, 40.0] * 10, [5.0, 10.0, 20.0] * 10)
+    assert halved == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_tokens_for_each_right_answer() -> None:
+    found = per_correct([100.0, 300.0] * 40, [1.0, 0.0] * 40)
+    assert found.value == 400.0
+    assert found.low < 400.0 < found.high
+    nothing = per_correct([10.0] * 5, [0.0] * 5)
+    assert nothing.value == math.inf
+    assert math.isnan(nothing.low)
+
+
+def test_how_much_of_a_lead_has_moved() -> None:
+    instruct, thinking = [1.0] * 40 + [0.0] * 60, [1.0] * 90 + [0.0] * 10
+    found = transferred(instruct, [1.0] * 65 + [0.0] * 35, thinking)
+    assert found.value == pytest.approx(0.5)
+    assert 0.3 < found.low < 0.5 < found.high < 0.7
+    assert math.isnan(transferred(instruct, thinking, instruct).value), "there is no lead to move"
+
+
+def test_seeds_and_questions_are_told_apart() -> None:
+    alike = spread([[0.0, 1.0] * 20] * 3)  # three seeds that agree on every question
+    assert alike.mean == 0.5
+    assert alike.over_runs == (0.5, 0.5)
+    assert alike.over_questions[0] < 0.4 < 0.6 < alike.over_questions[1]
+    apart = spread([[0.4] * 40, [0.5] * 40, [0.6] * 40])
+    assert apart.over_questions == pytest.approx((0.5, 0.5))
+    half = student(2) * 0.1 / math.sqrt(3)
+    assert apart.over_runs == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
+    assert math.isnan(over_runs([0.5]).low)
+
+
+def test_the_chance_of_one_right_answer_among_k() -> None:
+    for right, n, k in ((0, 4, 2), (1, 4, 2), (3, 10, 5), (4, 4, 1)):
+        draws = [any(index < right for index in drawn) for drawn in itertools.combinations(range(n), k)]
+        assert pass_at(k, right, n) == pytest.approx(statistics.fmean(draws))
+    for k in (0, 5):
+        with pytest.raises(ValueError, match="k must be from 1 to 4"):
+            pass_at(k, 1, 4)
+
+
+@pytest.mark.parametrize("columns", [([],), ([1.0], [1.0, 2.0])])
+def test_a_bootstrap_of_nothing_or_of_other_questions(columns: tuple[list[float], ...]) -> None:
+    with pytest.raises(ValueError, match="same questions"):
+        bootstrap(lambda *drawn: 0.0, *columns)
