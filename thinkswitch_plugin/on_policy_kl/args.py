@@ -40,7 +40,10 @@ class OnPolicyKLConfig(BaseModel):
         "template's prompt with its own reasoning trace.",
     )
     trace_max_new_tokens: int = Field(
-        default=2048, ge=1, description="Longest trace the teacher writes where a row brings none."
+        default=2048,
+        ge=1,
+        description="Longest trace that the teacher reads: it writes no longer one, and a row that brings one is left "
+        "out and counted.",
     )
     tags: Annotated[Tags, BeforeValidator(_as_pairs)] = Field(
         default=list(DEFAULT_TAGS),
@@ -54,6 +57,12 @@ class OnPolicyKLConfig(BaseModel):
         ge=1,
         description="Answers written at once; all of a step's, if their key-value cache fits the memory.",
     )
+    update_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Rollouts learnt from in one backward; all of a micro-batch's, if their activations fit the "
+        "memory. The step's loss is the same sum, however it is cut.",
+    )
     max_new_tokens: int = Field(default=512, ge=1, description="Longest answer, its end token included.")
     temperature: float = Field(default=1.0, ge=0.0, description="Of the student's sampler; 0 is greedy decoding.")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus of the student's sampler.")
@@ -66,10 +75,17 @@ class OnPolicyKLConfig(BaseModel):
         default="full",
         description="`full` sums over the vocabulary; `sampled` looks at the sampled token alone, importance-weighted.",
     )
+    importance_cap: float | None = Field(
+        default=2.0,
+        ge=1.0,
+        description="The most that a token weighs in `sampled` (truncated importance sampling): a server's weights are "
+        "older than the student's. null: no limit, and no bias.",
+    )
     loss_chunk_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens taken to logits at once, which sets the loss's memory; as many as fit 160 MB.",
+        description="Tokens taken to logits at once, which sets the loss's memory; as many as fit 160 MB on a CPU, and "
+        "on an accelerator twice as many, with scratch some 900 MB.",
     )
     server: str | None = Field(
         default=None,

@@ -6,6 +6,7 @@ Knows configs and tokenizers. Each check raises `ValueError` with one line: what
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
@@ -22,6 +23,10 @@ REFUSED = {
     "context_parallel_size": "rollouts are not split over devices; remove it",
     "lora_qkv_kernel": "it patches the teacher's layers too; set it to false",
     "lora_o_kernel": "it patches the teacher's layers too; set it to false",
+    "torch_compile": "rollouts have other shapes at every step, and each would be compiled anew; remove it",
+    "tensor_parallel_size": "rollouts need whole weights on each device; use plain data parallel training",
+    "dp_shard_size": "rollouts need whole weights on each device; use plain data parallel training",
+    "fsdp": "rollouts need whole weights on each device; use plain data parallel training",
     "fsdp_config": "rollouts need whole weights on each device; use plain data parallel training",
     "deepspeed": "rollouts need whole weights on each device; use plain data parallel training",
 }
@@ -43,6 +48,23 @@ def check_recipe(cfg: Mapping[str, Any], entries: int, dataset_type: str) -> Non
         raise ValueError(f"on_policy_kl: val_set_size is set: {REFUSED['test_datasets']}")
     if entries != len(cfg.get("datasets") or []) or not entries:
         raise ValueError(f"on_policy_kl: every dataset needs `type: {dataset_type}`, and there must be one")
+
+
+def check_devices(device_map: Any, cards: int) -> None:
+    """A student on one card: where a recipe says nothing, Axolotl spreads it over all that one process sees.
+
+    Args:
+        device_map: the recipe's, after Axolotl has filled it in.
+        cards: accelerators that this process sees.
+
+    Raises:
+        ValueError: the student would be spread.
+    """
+    if isinstance(device_map, str) and cards > 1 and device_map.startswith(("auto", "balanced", "sequential")):
+        raise ValueError(
+            f"on_policy_kl: device_map {device_map} spreads the student over {cards} cards, away from its teacher: "
+            "start a process a card (--launcher torchrun), or let CUDA_VISIBLE_DEVICES name one card"
+        )
 
 
 def check_teacher(config: OnPolicyKLConfig, student: str) -> None:
@@ -82,3 +104,21 @@ def check_teacher(config: OnPolicyKLConfig, student: str) -> None:
         raise ValueError(
             f"on_policy_kl: teacher {name}: its tokenizer has no padding token, needed to think in batches"
         )
+
+
+def is_own_base(config: OnPolicyKLConfig, cfg: Mapping[str, Any]) -> bool:
+    """Say whether the teacher is what the student is without its adapter, so that no second copy need be loaded.
+
+    Weights in NF4 are not the checkpoint's: both sides must hold them alike.
+
+    Args:
+        config: the recipe's block.
+        cfg: the recipe.
+    """
+    base = str(cfg.get("base_model"))
+    folders = Path(base), Path(config.teacher)
+    same = base == config.teacher or (all(f.is_dir() for f in folders) and folders[0].samefile(folders[1]))
+    in_4bit = bool(cfg.get("load_in_4bit"))
+    moves = cfg.get("adapter") not in ("lora", "qlora") or cfg.get("relora")  # the base itself is trained
+    other = cfg.get("load_in_8bit") or cfg.get("revision_of_model") or in_4bit != config.teacher_load_in_4bit
+    return same and not moves and not other

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
 
 from thinkswitch_plugin.facts import publish
-from thinkswitch_plugin.on_policy_kl.args import BLOCK, DATASET_TYPE, PLUGIN, read_block
-from thinkswitch_plugin.on_policy_kl.checks import check_recipe, check_teacher
+from thinkswitch_plugin.on_policy_kl.args import BLOCK, DATASET_TYPE, PLUGIN, SELF, read_block
+from thinkswitch_plugin.on_policy_kl.checks import check_devices, check_recipe, check_teacher, is_own_base
 from thinkswitch_plugin.recipe import (
     entries_of,
     fingerprint,
@@ -24,8 +25,10 @@ from thinkswitch_plugin.recipe import (
     seed_adapter,
 )
 
+LOG = get_logger("axolotl.thinkswitch.on_policy_kl")
+
 # Part of every fingerprint: raise it when the same rows come out differently, so that no prepared set outlives that.
-OUTCOME_VERSION = 2
+OUTCOME_VERSION = 3
 
 
 class OnPolicyKLPlugin(BasePlugin):
@@ -61,6 +64,7 @@ class OnPolicyKLPlugin(BasePlugin):
             return
         check_teacher(read_block(cfg.on_policy_kl), str(cfg.base_model))
         name_the_cpu(cfg)
+        check_devices(cfg.device_map, torch.accelerator.device_count())
 
     def pre_lora_load(self, cfg: DictDefault, model: Any) -> None:
         """Set the recipe's seed before an adapter is drawn."""
@@ -75,8 +79,10 @@ class OnPolicyKLPlugin(BasePlugin):
         return OnPolicyKLTrainer
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
-        """Keep the columns that are the teacher's."""
-        return {"remove_unused_columns": False} if is_listed(cfg, PLUGIN) else None
+        """Keep the columns that are the teacher's, and let a CPU train in bfloat16, which it has to be told to."""
+        if not is_listed(cfg, PLUGIN):
+            return None
+        return {"remove_unused_columns": False, "use_cpu": not torch.accelerator.is_available()}
 
     def get_collator_cls_and_kwargs(
         self, cfg: DictDefault, is_eval: bool = False
@@ -96,6 +102,9 @@ class OnPolicyKLPlugin(BasePlugin):
         from thinkswitch_plugin.on_policy_kl.scoring import Teacher
 
         config = read_block(cfg.on_policy_kl)
+        if is_own_base(config, cfg):
+            LOG.info(f"on_policy_kl: teacher {config.teacher} is the student's own base: no second copy is loaded")
+            config = config.model_copy(update={"teacher": SELF, "teacher_load_in_4bit": False})
         student = trainer.accelerator.unwrap_model(trainer.model)
         teacher = Teacher(config, student, trainer.processing_class, cfg.torch_dtype or torch.float32)
         trainer.begin(config, teacher, trainer.processing_class)

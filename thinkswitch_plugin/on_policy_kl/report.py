@@ -20,18 +20,21 @@ class Report:
         prompts: what the student is asked; a prompt with several traces counts once for each.
         with_trace: prompts whose row brings the trace that the teacher reads.
         unclosed: rows left out because none of their traces ever closed.
+        too_long: traces left out because they have more than `trace_max_new_tokens` tokens.
     """
 
     path: str
     prompts: int
     with_trace: int
     unclosed: int
+    too_long: int = 0  # not in the files of earlier versions
 
     def line(self) -> str:
         """The counts in one line, without the dataset's name."""
         traced = f", {self.with_trace} with a trace for the teacher" if self.with_trace else ""
-        unclosed = f"; left out {self.unclosed} whose trace never closed" if self.unclosed else ""
-        return f"{self.prompts} prompts{traced}{unclosed}"
+        left = [f"{self.unclosed} whose trace never closed"] if self.unclosed else []
+        left += [f"{self.too_long} whose trace has more than trace_max_new_tokens"] if self.too_long else []
+        return f"{self.prompts} prompts{traced}{'; left out ' if left else ''}{' and '.join(left)}"
 
 
 def sentence(facts: Mapping[str, Any]) -> str:
@@ -46,4 +49,5 @@ def sentence(facts: Mapping[str, Any]) -> str:
         prompts=sum(report.prompts for report in reports),
         with_trace=sum(report.with_trace for report in reports),
         unclosed=sum(report.unclosed for report in reports),
+        too_long=sum(report.too_long for report in reports),
     ).line()

@@ -44,13 +44,30 @@ class Sequences(NamedTuple):
 
     Attributes:
         input_ids: int64 [B, T].
-        attention_mask: int64 [B, T].
-        answers: bool [B, T], true on answer tokens.
+        attention_mask: int64 [B, T]; no model reads it, see `answer_states`.
+        places: int64 [N], where the answer tokens lie in `input_ids` laid out as [B · T]; rows one after the other.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    answers: Tensor
+    places: Tensor
+
+    @property
+    def answers(self) -> Tensor:
+        """bool [B, T], true on answer tokens."""
+        flat = torch.zeros(self.input_ids.numel(), dtype=torch.bool, device=self.input_ids.device)
+        return flat.index_fill_(0, self.places, True).view_as(self.input_ids)
+
+    def cut(self, rows: int) -> list[Sequences]:
+        """The same in parts of at most so many rows, each as wide as its own longest."""
+        if rows >= len(self.input_ids):
+            return [self]
+        parts = []
+        for ids, real, answers in zip(*(part.split(rows) for part in (*self[:2], self.answers)), strict=True):
+            width = int(real.sum(1).max())
+            places = answers[:, :width].flatten().nonzero().squeeze(1)
+            parts.append(Sequences(ids[:, :width], real[:, :width], places))
+        return parts
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
@@ -90,13 +107,13 @@ def sequences(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     """Lay prompts and their answers side by side, padded on the right, on the CPU."""
     width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    attention, marks = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    attention, places = torch.zeros_like(ids), list[Tensor]()
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         end = len(prompt) + len(answer)
         ids[row, :end] = torch.tensor([*prompt, *answer])
         attention[row, :end] = 1
-        marks[row, len(prompt) : end] = True
-    return Sequences(ids, attention, marks)
+        places.append(torch.arange(row * width + len(prompt), row * width + end))
+    return Sequences(ids, attention, torch.cat(places))
 
 
 @torch.inference_mode()

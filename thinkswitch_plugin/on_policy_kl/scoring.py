@@ -49,23 +49,26 @@ def head_weight(model: PreTrainedModel) -> Tensor:
 def answer_states(model: nn.Module, bare: PreTrainedModel, batch: Sequences) -> Tensor:
     """Run a model and keep its last hidden states at the positions that predict answer tokens.
 
+    No mask goes with it: padding stands on the right, where nothing that counts looks in a causal model, and a mask of
+    16,384 tokens is half a gigabyte and rules flash attention out.
+
     Args:
         model: what is called: the model itself, or the wrapper that a distributed run puts around it.
         bare: the model inside, with its adapter if it has one.
         batch: prompts and answers.
 
     Returns:
-        [N, H], rows in the order of `batch.answers`.
+        [N, H], rows in the order of `batch.places`.
     """
     seen: list[Tensor] = []
     # The wrapper has to be called, and it ends in logits; the decoder's output is taken on the way.
     hook = bare.get_decoder().register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state))
     try:
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
+        model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
     (states,) = seen
-    return states[:, :-1][batch.answers[:, 1:]]
+    return states.flatten(0, 1)[batch.places - 1]
 
 
 class Teacher:
@@ -85,7 +88,7 @@ class Teacher:
         """
         self.config = config
         self._off: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._traces: dict[tuple[int, ...], list[int] | None] = {}
+        self.traces: dict[tuple[int, ...], list[int] | None] = {}  # by prompt; None where one never closed
         if config.teacher == SELF:
             if not hasattr(student, "disable_adapter"):
                 raise ValueError("on_policy_kl: teacher self is the student without its adapter; set adapter: lora")
@@ -117,17 +120,16 @@ class Teacher:
         """Its last hidden states [N, K] at the positions that predict answer tokens."""
         rows = max(1, TEACHER_TOKENS // batch.input_ids.shape[1])  # a trace may be long, and comes with every rollout
         with self._awake() as model:
-            parts = zip(*(part.split(rows) for part in batch), strict=True)
-            return torch.cat([answer_states(model, model, Sequences(*part)) for part in parts])
+            return torch.cat([answer_states(model, model, part) for part in batch.cut(rows)])
 
-    def think(self, prompts: Sequence[Sequence[int]]) -> list[list[int] | None]:
-        """Let the teacher write a trace after each prompt, once for each distinct prompt of a run.
+    def think(self, prompts: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int] | None]:
+        """Let the teacher write a trace after each prompt that has none in `traces` yet, and give the new ones.
 
         Sampling is as its own generation config says. The trace keeps what lies between its end and the answer; one
         that never closes is None.
         """
         opened = template_opens_trace(self.tokenizer, self.config.tags)
-        new = list(dict.fromkeys(tuple(prompt) for prompt in prompts if tuple(prompt) not in self._traces))
+        new = list(dict.fromkeys(tuple(prompt) for prompt in prompts if tuple(prompt) not in self.traces))
         settings = GenerationConfig(
             max_new_tokens=self.config.trace_max_new_tokens,
             eos_token_id=end_tokens(self.model, self.tokenizer),
@@ -139,8 +141,8 @@ class Teacher:
             with self._awake() as model:
                 written, _ = generate(model, batch, settings, self.tokenizer.pad_token_id)
             for prompt, tokens in zip(batch, written, strict=True):
-                self._traces[prompt] = trace_tokens(tokens, self.tokenizer, opened, self.config.tags)
-        return [self._traces[tuple(prompt)] for prompt in prompts]
+                self.traces[prompt] = trace_tokens(tokens, self.tokenizer, opened, self.config.tags)
+        return {prompt: self.traces[prompt] for prompt in new}
 
 
 def trace_tokens(tokens: list[int], tokenizer: Any, opened: bool, tags: TagPairs) -> list[int] | None:

@@ -6,7 +6,8 @@ and thinking where a row brings no trace (`scoring`).
 - A *prompt row* has `messages`, `prompt` or `problem`, as in a prompts file (`thinkswitch_plugin.prompts`). Other
   columns, gold answers above all, are not read.
 - A *sample row* is a line that lm-eval writes with `log_samples`: `doc.messages` is the prompt, and with `context:
-  trace` each text in `resps` that closes its trace gives the teacher that trace.
+  trace` each text in `resps` that closes its trace gives the teacher that trace, if it has no more tokens than the
+  teacher may write itself (`trace_max_new_tokens`): what the teacher reads at once is what its memory is planned for.
 """
 
 from __future__ import annotations
@@ -69,19 +70,26 @@ class OnPolicyKLStrategy(DatasetWrappingStrategy):
             ValueError: a row has no prompt, or one too long for `sequence_len`; one line with the row's number.
         """
         rows: list[dict[str, Any]] = []
-        with_trace = unclosed = 0
+        unclosed = too_long = 0
         for number, row in enumerate(dataset, start=1):
             try:
                 messages, traces = self._read(row)
             except ValueError as error:
                 raise ValueError(f"on_policy_kl: {self.path}: row {number}: {error}") from None
             unclosed += not traces
-            with_trace += sum(trace is not None for trace in traces)
-            rows += [self._prompt(messages, trace, number) for trace in traces]
+            for trace in traces:
+                prompt = self._prompt(messages, trace, number)
+                rows += [prompt] if prompt else []
+                too_long += not prompt
         if not rows:
-            raise ValueError(f"on_policy_kl: {self.path}: no prompt is left; was the dataset generated?")
+            why = "was the dataset generated?"
+            if too_long:
+                most = self.config.trace_max_new_tokens
+                why = f"{too_long} traces have more than {most} tokens: raise trace_max_new_tokens"
+            raise ValueError(f"on_policy_kl: {self.path}: no prompt is left; {why}")
         prepared = Dataset.from_list(rows, features=FEATURES)
-        report = Report(self.path, len(rows), with_trace, unclosed)
+        with_trace = 0 if self.config.context == "prompt" else sum(not row["teacher_thinks"] for row in rows)
+        report = Report(self.path, len(rows), with_trace, unclosed, too_long)
         attach(prepared, BLOCK, asdict(report))
         LOG.info(f"on_policy_kl: {self.path}: {report.line()}")
         return prepared
@@ -99,10 +107,13 @@ class OnPolicyKLStrategy(DatasetWrappingStrategy):
         traces = [trace_of(text, bool(doc.get("trace_opened")), self.config.tags) for text in texts]
         return messages, [trace for trace in traces if trace is not None]
 
-    def _prompt(self, messages: list[dict[str, str]], trace: str | None, number: int) -> dict[str, Any]:
+    def _prompt(self, messages: list[dict[str, str]], trace: str | None, number: int) -> dict[str, Any] | None:
+        """A row, or None where its trace is too long."""
         ids = self.student(messages)
         theirs = ids if self.config.context == "prompt" else self.teacher(messages, trace)
         writes = trace is None and self.config.context == "trace"
+        if trace is not None and len(theirs) > len(self.teacher(messages, None)) + self.config.trace_max_new_tokens:
+            return None
         answer = self.config.max_new_tokens
         longest = max(len(ids), len(theirs) + (self.config.trace_max_new_tokens if writes else 0)) + answer
         if len(ids) + answer > self.longest:

@@ -1,9 +1,9 @@
 """One training step: the student answers, the teacher scores, the divergence goes down.
 
     rollouts  = the student's answers to the step's prompts   (rollouts)
-    for each micro-batch of rollouts:
-        states = the teacher's hidden states on it            (scoring)
-        loss   = Σ divergence / answer tokens of the step     (loss)
+    for each micro-batch of rollouts, `update_batch_size` of them at once:
+        states = the teacher's hidden states on them          (scoring)
+        loss   = Σ divergence / answer tokens of the step     (loss), and its backward
 
 On-policy distillation (GKD, arXiv 2306.13649; Thinking Machines Lab 2025); with the teacher reading a trace that the
 student does not see, as OPSD (arXiv 2601.18734) does with gold solutions: here the trace is the teacher's own.
@@ -13,14 +13,17 @@ Knows the order of things and the Hugging Face trainer's hooks. Leaves the math 
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import gather_object
 from axolotl.core.trainers.base import AxolotlTrainer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,6 +44,7 @@ from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head
 from thinkswitch_plugin.on_policy_kl.view import show
 
 SHOWN_ROLLOUTS = 3
+TRACES = "teacher_traces.json"  # in a checkpoint: what the teacher has drawn is not drawn again after a resume
 
 COLUMNS = ("input_ids", "teacher_input_ids", "teacher_thinks")  # of the prompt dataset
 
@@ -51,6 +55,32 @@ Scored = tuple[Rollout, list[int]]  # an answer, and what the teacher reads befo
 def collate(rows: list[Batch]) -> Batch:
     """Rows of the prompt dataset as one batch of lists: the rollouts are padded later, prompts and answers together."""
     return {key: [row[key] for row in rows] for key in COLUMNS}
+
+
+def cut(batch: Batch, rows: int | None) -> list[Batch]:
+    """A micro-batch in parts of at most so many rollouts, each as wide as its own longest; None leaves it whole.
+
+    On the CPU, before anything is copied to a device: no device has to be waited for.
+    """
+    if rows is None:
+        return [batch]
+    ours, theirs = (of(batch, whose).cut(rows) for whose in ("", "teacher_"))
+    known = batch["log_probs"].split([len(part.places) for part in ours])
+    return [laid_out(*part) for part in zip(ours, theirs, known, strict=True)]
+
+
+def laid_out(ours: Sequences, theirs: Sequences, log_probs: Tensor) -> Batch:
+    """What a micro-batch holds: the fields of both `Sequences`, the teacher's under `teacher_…`."""
+    return {
+        **ours._asdict(),
+        **{f"teacher_{key}": value for key, value in theirs._asdict().items()},
+        "log_probs": log_probs,
+    }
+
+
+def of(batch: Batch, whose: str) -> Sequences:
+    """The student's `Sequences` of a micro-batch (`whose` is empty), or the `teacher_`'s."""
+    return Sequences(*(batch[f"{whose}{key}"] for key in Sequences._fields))
 
 
 class IntervalMetrics:
@@ -98,18 +128,20 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         head_weight(student)  # refuses what it cannot score, before the first rollout
         self.ends = end_tokens(student, tokenizer)
         self.metrics = IntervalMetrics()
+        self._thinks = any(self.train_dataset["teacher_thinks"])  # in whichever process
         self._shown = 0  # the last step whose rollouts were shown
+        self._to_show: list[tuple[Sequences, Tensor]] = []
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one step with their rollouts, and the answer tokens in all of them, on all processes."""
         prompts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        begun = time.monotonic()
+        begun = self.now()
         pairs = self.roll_out({key: [row for batch in prompts for row in batch[key]] for key in COLUMNS})
         batches = self.split(pairs, len(prompts), prompts[0]["input_ids"][0]) if prompts else []
-        self.metrics.add(rollout_s=time.monotonic() - begun, steps=1)
-        local = torch.tensor(sum(int(batch["answers"].sum()) for batch in batches), device=device)
+        self.metrics.add(rollout_s=self.now() - begun, steps=1)
+        local = torch.tensor(sum(len(batch["places"]) for batch in batches), device=device)
         return batches, self.accelerator.gather(local).sum()
 
     def roll_out(self, rows: Batch) -> list[Scored]:
@@ -119,24 +151,29 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         `rollout_batch_size`. Rollouts without a token and, where the teacher should think and does not come to an end,
         all of a prompt's are left out and counted.
         """
-        contexts = self.contexts(rows)
-        asked = [(ids, context) for ids, context in zip(rows["input_ids"], contexts, strict=True) if context]
-        size = self.opd.rollout_batch_size
-        size = max(1, size // self.opd.rollouts_per_prompt if size else len(asked))
         student = self.accelerator.unwrap_model(self.model)
-        if not all(bool(p.isfinite().all()) for p in student.parameters() if p.requires_grad):
+        if not bool(torch.stack([p.isfinite().all() for p in student.parameters() if p.requires_grad]).all()):
             ids, mask = left_padded(rows["input_ids"], self.pad, torch.device("cpu"))
             self.fail("the student's weights are not numbers", {"input_ids": ids, "attention_mask": mask})
         rollouts: list[Rollout] = []
-        # A stream of random numbers of this step's and this process's own, the same after a resume.
-        with torch.random.fork_rng(), answering(student):
-            torch.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + self.args.process_index)
-            for start in range(0, len(asked), size):
-                prompts = [ids for ids, _ in asked[start : start + size]]
-                if self.opd.server:
-                    rollouts += from_server(prompts, self.opd, self.ends, self.tokenizer)
-                else:
-                    rollouts += sample(student, prompts, self.opd, self.ends, self.pad)
+        # Streams of random numbers of this step's and this process's own, the same after a resume: one for the traces,
+        # one for the answers, which are then the same whether or not a trace is still to be drawn.
+        seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1_009 + self.args.process_index
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            contexts = self.contexts(rows)
+            asked = [(ids, context) for ids, context in zip(rows["input_ids"], contexts, strict=True) if context]
+            size = self.opd.rollout_batch_size
+            size = max(1, size // self.opd.rollouts_per_prompt if size else len(asked))
+            torch.manual_seed(seed)
+            with answering(student):
+                for start in range(0, len(asked), size):
+                    prompts = [ids for ids, _ in asked[start : start + size]]
+                    if self.opd.server:
+                        rollouts += from_server(prompts, self.opd, self.ends, self.tokenizer)
+                    else:
+                        rollouts += sample(student, prompts, self.opd, self.ends, self.pad)
         theirs = [context for _, context in asked for _ in range(self.opd.rollouts_per_prompt)]
         pairs = zip(rollouts, theirs, strict=True)
         kept = [(roll, context) for roll, context in pairs if set(roll.answer) - set(self.ends)]
@@ -164,23 +201,23 @@ class OnPolicyKLTrainer(AxolotlTrainer):
             ours = sequences([roll.prompt for roll, _ in mine], answers, self.pad)
             theirs = sequences([context for _, context in mine], answers, self.pad)
             known = [roll.log_probs or [math.nan] * len(roll.answer) for roll, _ in mine]
-            batches.append(
-                {
-                    **ours._asdict(),
-                    **{f"teacher_{key}": value for key, value in theirs._asdict().items()},
-                    "log_probs": torch.tensor([value for values in known for value in values]),
-                }
-            )
+            batches.append(laid_out(ours, theirs, torch.tensor([value for values in known for value in values])))
         random.Random(self.state.global_step).shuffle(batches)  # the first one is shown, and should not be the shortest
         return batches
 
     def contexts(self, rows: Batch) -> list[list[int] | None]:
         """What the teacher reads before each answer; None where it should have thought and came to no end."""
         contexts: list[list[int] | None] = list(rows["teacher_input_ids"])
+        if not self._thinks:
+            return contexts
         open_ = [row for row, thinks in enumerate(rows["teacher_thinks"]) if thinks]
-        traces = self.teacher.think([rows["teacher_input_ids"][row] for row in open_])
-        for row, trace in zip(open_, traces, strict=True):
-            contexts[row] = None if trace is None else [*rows["teacher_input_ids"][row], *trace]
+        drawn = self.teacher.think([rows["teacher_input_ids"][row] for row in open_])
+        for elsewhere in gather_object([drawn]):  # another epoch brings a prompt to another process
+            self.teacher.traces.update(elsewhere)
+        for row in open_:
+            prompt = rows["teacher_input_ids"][row]
+            trace = self.teacher.traces[tuple(prompt)]
+            contexts[row] = None if trace is None else [*prompt, *trace]
         return contexts
 
     def compute_loss(
@@ -195,14 +232,14 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         Raises:
             ValueError: the loss is not a number; the batch is saved beside the checkpoints first.
         """
-        batch = Sequences(*(inputs[key] for key in Sequences._fields))
-        begun = time.monotonic()
-        theirs = self.teacher.states(Sequences(*(inputs[f"teacher_{key}"] for key in Sequences._fields)))
+        batch = of(inputs, "")
+        begun = self.now()
+        theirs = self.teacher.states(of(inputs, "teacher_"))
         teacher_head = self.teacher.head
-        scored = time.monotonic()
+        scored = self.now()
         student = self.accelerator.unwrap_model(model)
         ours = answer_states(model, student, batch)
-        tokens = batch.input_ids[batch.answers]
+        tokens = batch.input_ids.flatten()[batch.places]
         loss = token_loss(
             ours,
             head_weight(student),
@@ -210,12 +247,13 @@ class OnPolicyKLTrainer(AxolotlTrainer):
             teacher_head,
             self.opd.divergence,
             self.opd.beta,
-            Samples(tokens, inputs["log_probs"]) if self.opd.estimator == "sampled" else None,
+            Samples(tokens, inputs["log_probs"], self.opd.importance_cap or math.inf)
+            if self.opd.estimator == "sampled"
+            else None,
             self.opd.loss_chunk_tokens,
         )
-        if not bool(torch.isfinite(loss.total)):
+        if not self.note(batch, loss, scored - begun):
             self.fail("the loss is not a number", inputs)
-        self.note(batch, loss, scored - begun)
         count = torch.as_tensor(num_items_in_batch if num_items_in_batch is not None else len(tokens)).clamp(min=1)
         # A distributed run takes the mean over processes; the count is over all of them.
         return loss.total * self.accelerator.num_processes / count.to(loss.total.device)
@@ -223,22 +261,34 @@ class OnPolicyKLTrainer(AxolotlTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As the trainer's, timed: what is not the teacher's is the update."""
-        begun, teacher = time.monotonic(), self.metrics.sums.get("teacher_s", 0.0)
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.metrics.add(update_s=time.monotonic() - begun - (self.metrics.sums["teacher_s"] - teacher))
-        return loss
+        """As the trainer's for `update_batch_size` rollouts after another: their gradients add up, so do their losses.
 
-    def note(self, batch: Sequences, loss: TokenLoss, teacher_s: float) -> None:
-        """Keep what is logged, and show a few rollouts when it is time."""
-        self.metrics.add(
-            tokens=loss.reverse_kl.numel(),
-            kl=float(loss.reverse_kl.sum()),
-            loss=float(loss.divergence.sum()),
-            student_entropy=float(loss.student_entropy.sum()),
-            teacher_entropy=float(loss.teacher_entropy.sum()),
-            teacher_s=teacher_s,
-        )
+        Timed: what is not the teacher's is the update.
+        """
+        begun, teacher = self.now(), self.metrics.sums.get("teacher_s", 0.0)
+        parts, losses = cut(inputs, self.opd.update_batch_size), []
+        for number, part in enumerate(parts, start=1):
+            # Processes may have different numbers of parts: they exchange gradients with each one's last.
+            with self.accelerator.no_sync(model) if number < len(parts) else nullcontext():
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        self.metrics.add(update_s=self.now() - begun - (self.metrics.sums["teacher_s"] - teacher))
+        if self._to_show:
+            self._shown = self.state.global_step + 1
+            show(self.tokenizer, self._to_show, self._shown, Path(self.args.output_dir), SHOWN_ROLLOUTS)
+            self._to_show = []
+        return torch.stack(losses).sum()
+
+    def now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize(self.args.device)
+        return time.monotonic()
+
+    def note(self, batch: Sequences, loss: TokenLoss, teacher_s: float) -> bool:
+        """Keep what is logged and, when it is time, what is shown; say whether the loss is a number."""
+        names = ("loss", "kl", "student_entropy", "teacher_entropy")
+        sums = torch.stack([part.detach().sum() for part in loss]).tolist()  # one look at the device for all of them
+        self.metrics.add(tokens=loss.reverse_kl.numel(), teacher_s=teacher_s, **dict(zip(names, sums[1:], strict=True)))
         step = self.state.global_step + 1
         if (
             self.opd.show_every
@@ -246,8 +296,8 @@ class OnPolicyKLTrainer(AxolotlTrainer):
             and step != self._shown
             and self.is_world_process_zero()
         ):
-            self._shown = step
-            show(self.tokenizer, batch, loss.reverse_kl, step, Path(self.args.output_dir), SHOWN_ROLLOUTS)
+            self._to_show.append((batch, loss.reverse_kl))
+        return math.isfinite(sums[0])
 
     def fail(self, what: str, batch: dict[str, Tensor]) -> NoReturn:
         """Save a batch beside the checkpoints, and stop the run."""
@@ -258,8 +308,24 @@ class OnPolicyKLTrainer(AxolotlTrainer):
         raise ValueError(f"on_policy_kl: {what} at step {step}; its batch is in {path}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the interval's means to what is logged."""
+        """Add the interval's means to what is logged, and its peak of a GPU's memory: Axolotl starts that anew."""
         if "loss" in logs:
             logs.update({key: round(value, 5) for key, value in self.metrics.means().items()})
+            if self.args.device.type == "cuda":
+                logs["opd/peak_gb"] = round(torch.cuda.max_memory_allocated(self.args.device) / 1e9, 3)
             self.metrics = IntervalMetrics()
         super().log(logs, start_time)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The teacher's traces too: all processes hold the same, and the first writes them."""
+        super()._save_rng_state(output_dir)
+        if self._thinks and self.is_world_process_zero():
+            Path(output_dir, TRACES).write_text(json.dumps(list(self.teacher.traces.items())), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """The teacher's traces too."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint, TRACES)
+        if file.exists():
+            traces = json.loads(file.read_text(encoding="utf-8"))
+            self.teacher.traces.update((tuple(prompt), trace) for prompt, trace in traces)

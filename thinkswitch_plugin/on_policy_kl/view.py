@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,22 @@ def coloured(tokens: list[str], kl: list[float]) -> Text:
     return text
 
 
-def show(tokenizer: Any, batch: Sequences, kl: Tensor, step: int, folder: Path, most: int) -> None:
-    """Print the first rollouts of a batch and save them as `rollouts/step_N.html`.
+def show(tokenizer: Any, scored: Sequence[tuple[Sequences, Tensor]], step: int, folder: Path, most: int) -> None:
+    """Print the first rollouts and save them as `rollouts/step_N.html`.
 
     Args:
         tokenizer: turns ids into text.
-        batch: prompts and answers.
-        kl: [N], nats, in the order of `batch.answers`.
+        scored: prompts and answers, and their tokens' KL [N] in nats, in the order of `places`.
         step: for the title.
         folder: where `rollouts/` goes.
         most: how many rollouts.
     """
-    values = iter(kl.tolist())
+    values = iter([value for _, kl in scored for value in kl.tolist()])
+    rows = [
+        row for batch, _ in scored for row in zip(*(part.tolist() for part in (*batch[:2], batch.answers)), strict=True)
+    ]
     panels = []
-    for ids, real, answer in zip(*(tensor.tolist() for tensor in batch), strict=True):
+    for ids, real, answer in rows[:most]:
         prompt = tokenizer.decode([i for i, there, mine in zip(ids, real, answer, strict=True) if there and not mine])
         written = [i for i, mine in zip(ids, answer, strict=True) if mine]
         theirs = [next(values) for _ in written]
@@ -51,8 +54,6 @@ def show(tokenizer: Any, batch: Sequences, kl: Tensor, step: int, folder: Path, 
         panels.append(
             Panel(Text(prompt, "dim") + body, title=f"step {step}: {mean:.3f} nats a token", title_align="left")
         )
-        if len(panels) == most:
-            break
     scale = Text("KL(student ‖ teacher) of a token: ", "dim")
     for limit, style in COLOURS:
         scale.append(f" ≤ {limit} " if limit < float("inf") else " more ", style)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig, read_block
-from thinkswitch_plugin.on_policy_kl.checks import check_recipe, check_teacher
+from thinkswitch_plugin.on_policy_kl.checks import check_devices, check_recipe, check_teacher, is_own_base
 from thinkswitch_plugin.on_policy_kl.plugin import OnPolicyKLPlugin
 
 PLUGIN = "thinkswitch_plugin.on_policy_kl.OnPolicyKLPlugin"
@@ -34,6 +34,11 @@ ENTRY = {"path": "prompts.jsonl", "type": "thinkswitch_plugin.on_policy_kl"}
         ({"teacher": "self", "estimator": "sampled", "top_k": 20}, "set temperature 1, top_p 1 and top_k 0"),
         ({"teacher": "self", "estimator": "sampled", "divergence": "jsd"}, "estimates reverse_kl only"),
         ({"teacher": "self", "teacher_load_in_4bit": True}, "teacher self has no weights of its own"),
+        ({"teacher": "self", "importance_cap": 0.5}, "on_policy_kl.importance_cap: Input should be greater than or"),
+        (
+            {"teacher": "self", "update_batch_size": 0},
+            "on_policy_kl.update_batch_size: Input should be greater than or",
+        ),
         ({"teacher": "self", "rollouts_per_prompt": 8, "rollout_batch_size": 4}, "rollout_batch_size is less than"),
         ({"teacher": "self", "server": "http://localhost:8000"}, "server needs server_model"),
         ({"teacher": "self", "server": "localhost:8000", "server_model": "m"}, "on_policy_kl.server"),
@@ -64,6 +69,9 @@ def test_tags_are_pairs_of_which_one_may_stand_by_itself() -> None:
         ({"sample_packing": True}, "sample_packing is set"),
         ({"rl": "grpo"}, "rl is set"),
         ({"fsdp_config": {"fsdp_version": 2}}, "fsdp_config is set"),
+        ({"deepspeed": "zero2.json"}, "deepspeed is set"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is set"),
+        ({"torch_compile": "auto"}, "torch_compile is set"),
         ({"val_set_size": 0.1}, "val_set_size is set"),
         ({"test_datasets": [ENTRY]}, "test_datasets is set"),
         ({"datasets": [ENTRY, {"path": "x", "type": "alpaca"}]}, "every dataset needs `type:"),
@@ -75,6 +83,46 @@ def test_settings_that_rollouts_rule_out(changes: dict[str, Any], said: str) -> 
     with pytest.raises(ValueError, match=r"^on_policy_kl: ") as caught:
         OnPolicyKLPlugin().register(recipe)
     assert said in str(caught.value)
+
+
+def test_one_device_of_a_kind_is_no_parallelism() -> None:
+    recipe = {"plugins": [PLUGIN], "on_policy_kl": {"teacher": "self"}, "datasets": [dict(ENTRY)]}
+    OnPolicyKLPlugin().register({**recipe, "tensor_parallel_size": 1, "context_parallel_size": 1})
+
+
+def test_a_student_is_not_spread_over_cards() -> None:
+    for device_map, cards in (("auto", 1), ({"": 1}, 2), (None, 2)):
+        check_devices(device_map, cards)
+    with pytest.raises(
+        ValueError, match=r"^on_policy_kl: device_map auto spreads the student over 2 cards, .*torchrun"
+    ):
+        check_devices("auto", 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "own"),
+    [
+        ({}, True),
+        ({"base_model": "{base}/../instruct"}, True),
+        ({"base_model": "owner/base"}, False),
+        ({"adapter": None}, False),  # the base itself is trained
+        ({"adapter": "qlora", "load_in_4bit": True}, False),  # its weights are NF4's, the teacher's are not
+        ({"adapter": "qlora", "load_in_4bit": True, "four_bits": True}, True),
+        ({"four_bits": True}, False),
+        ({"load_in_8bit": True}, False),
+        ({"revision_of_model": "main~3"}, False),
+        ({"relora": True}, False),
+    ],
+    ids=str,
+)
+def test_a_teacher_that_is_the_student_s_base(recipes: Path, changes: dict[str, Any], own: bool) -> None:
+    base = str(recipes / "mini/instruct")
+    config = OnPolicyKLConfig(teacher=base, teacher_load_in_4bit=changes.get("four_bits", False))
+    cfg = {"base_model": base, "adapter": "lora", **changes}
+    cfg["base_model"] = cfg["base_model"].replace("{base}", base)
+    assert is_own_base(config, cfg) == own
+    hub = OnPolicyKLConfig(teacher="owner/base")
+    assert is_own_base(hub, {"base_model": "owner/base", "adapter": "lora"})
 
 
 def test_a_recipe_without_the_plugin_is_left_alone() -> None:

@@ -13,8 +13,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
+from thinkswitch_plugin.on_policy_kl.trainer import cut, of
 
 QUESTIONS = ["Compute 24+26.", "Compute 1+24+26-13.", "Compute 31-10+20-11."]
 KINDS: list[dict[str, Any]] = [
@@ -39,15 +41,19 @@ def build(pair: dict[str, Any], tokenizer: Any, recipes: Path, tmp_path: Path) -
         args = AxolotlTrainingArguments(
             output_dir=str(tmp_path),
             use_cpu=True,
-            bf16=False,
             report_to=[],
-            save_strategy="no",
             logging_steps=1,
             disable_tqdm=True,
             lr_scheduler_type="constant",
             remove_unused_columns=False,
             seed=1,
-            **{"per_device_train_batch_size": len(rows["input_ids"]), "max_steps": 1, **settings},
+            **{
+                "per_device_train_batch_size": len(rows["input_ids"]),
+                "max_steps": 1,
+                "bf16": False,
+                "save_strategy": "no",
+                **settings,
+            },
         )
         student = copy.deepcopy(pair["instruct"])
         student = get_peft_model(student, lora) if lora else student
@@ -104,8 +110,8 @@ def test_every_rollout_of_a_prompt_is_paired_with_that_prompt_s_context(
     for batch in batches:
         for which in range(len(batch["input_ids"])):
             (prompt, answer), (context, same) = (
-                parts(*(batch[f"{whose}{key}"][which] for key in ("input_ids", "attention_mask", "answers")))
-                for whose in ("", "teacher_")
+                parts(*(part[which] for part in (side.input_ids, side.attention_mask, side.answers)))
+                for side in (of(batch, ""), of(batch, "teacher_"))
             )
             assert answer == same
             assert context == context_of[tuple(prompt)]
@@ -194,6 +200,76 @@ def test_the_divergence_goes_down(build: Any, rows: dict[str, list[Any]], kind: 
     assert sum(found[-3:]) / 3 < 0.5 * found[0]
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 4, 100])
+def test_a_step_s_loss_and_gradients_are_the_same_however_it_is_cut(
+    build: Any, rows: dict[str, list[Any]], at_once: int
+) -> None:
+    """Twelve rollouts in two micro-batches, each learnt from at once or in several backwards."""
+    grads, losses = [], []
+    for size in (None, at_once):
+        block = {"update_batch_size": size, "rollouts_per_prompt": 4, "temperature": 3.0, "divergence": "jsd"}
+        trainer = build(rows, block, optim="sgd", per_device_train_batch_size=1, gradient_accumulation_steps=2)
+        prompts = [{key: values[part] for key, values in rows.items()} for part in (slice(0, 2), slice(2, 3))]
+        batches, count = trainer.get_batch_samples(iter(prompts), 2, torch.device("cpu"))
+        assert sum(len(part["input_ids"]) for batch in batches for part in cut(batch, size)) == 12
+        assert all(len(part["input_ids"]) <= (size or 12) for batch in batches for part in cut(batch, size))
+        trainer.create_optimizer()
+        losses.append([float(trainer.training_step(trainer.model, batch, count)) for batch in batches])
+        grads.append({name: p.grad for name, p in trainer.model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).norm() < 1e-4 * grad.norm() + 1e-8, name
+
+
+def test_a_part_is_as_wide_as_its_own_longest(build: Any, rows: dict[str, list[Any]]) -> None:
+    trainer = build(rows, {"temperature": 0.0, "update_batch_size": 1})
+    (batch,) = trainer.split(trainer.roll_out(rows), 1, rows["input_ids"][0])
+    parts = cut(batch, 1)
+    for side in ("", "teacher_"):
+        assert all(bool(of(part, side).attention_mask.all()) for part in parts)
+        assert len({of(part, side).input_ids.shape[1] for part in parts}) > 1
+
+
+def test_in_bfloat16_a_step_is_near_that_in_float32(build: Any, rows: dict[str, list[Any]]) -> None:
+    """The trainer's own autocast on a CPU: float32 weights, which move, and half-precision states."""
+    found = []
+    for half in (False, True):
+        trainer = build(rows, {"temperature": 0.0, "update_batch_size": 2}, bf16=half, learning_rate=1e-3, max_steps=2)
+        before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+        trainer.train()
+        found.append(logged(trainer, "opd/loss"))
+        assert all(value.dtype == torch.float32 for value in trainer.model.parameters())
+        assert all(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
+def test_a_resumed_run_repeats_itself(build: Any, rows: dict[str, list[Any]], recipes: Path, tmp_path: Path) -> None:
+    """Traces are drawn in the first epoch and read again in the second, where the run is taken up."""
+    thinking = AutoTokenizer.from_pretrained(recipes / "mini/thinking")
+    asked = [
+        thinking.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, return_dict=False)
+        for q in QUESTIONS
+    ]
+    rows = {**rows, "teacher_input_ids": asked, "teacher_thinks": [True] * 3}
+    block = {"context": "trace", "trace_max_new_tokens": 64}
+    how = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "sgd"}
+    how |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3}
+
+    def trained(resume: str | None) -> Any:
+        trainer = build(rows, block, LoraConfig(r=4, target_modules="all-linear"), **how)
+        trainer.teacher.model.generation_config.update(do_sample=True, temperature=2.0)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = trained(None)
+    assert len({tuple(trace) for trace in whole.teacher.traces.values() if trace}) >= 2
+    resumed = trained(str(tmp_path / "checkpoint-2"))
+    assert resumed.teacher.traces == whole.teacher.traces
+    assert logged(resumed, "opd/loss") == logged(whole, "opd/loss")
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_accumulation_trains_as_one_batch_does(build: Any, rows: dict[str, list[Any]]) -> None:
     """Greedy rollouts of the same twelve prompts a step, in one micro-batch and in four: the same weights."""
     rows = {key: values * 4 for key, values in rows.items()}
@@ -210,11 +286,15 @@ def test_accumulation_trains_as_one_batch_does(build: Any, rows: dict[str, list[
     assert logged(parts, "opd/loss") == pytest.approx(logged(whole, "opd/loss"), rel=1e-4)
 
 
+@pytest.mark.parametrize("at_once", [None, 1])
 def test_two_ranks_mean_gradient_is_that_of_one_process(
-    build: Any, rows: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+    build: Any, rows: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch, at_once: int | None
 ) -> None:
     """Two processes' shares of a step, one after the other: they count both's tokens, and DDP takes the mean."""
-    trainer = build(rows, {"temperature": 0.0})
+    trainer = build(rows, {"temperature": 0.0, "update_batch_size": at_once})
+    trainer.create_optimizer()
+
+    losses: dict[int, float] = {}
 
     def share(which: list[int], elsewhere: int | None = None) -> tuple[int, dict[str, Tensor]]:
         prompts = {key: [values[at] for at in which] for key, values in rows.items()}
@@ -226,8 +306,8 @@ def test_two_ranks_mean_gradient_is_that_of_one_process(
         trainer.model.zero_grad()
         batches, count = trainer.get_batch_samples(iter([prompts]), 1, torch.device("cpu"))
         for batch in batches:
-            trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).backward()
-        local = sum(int(batch["answers"].sum()) for batch in batches)
+            losses[len(which)] = float(trainer.training_step(trainer.model, batch, count))
+        local = sum(len(batch["places"]) for batch in batches)
         return local, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
     (one, _), (two, _) = share([0]), share([1, 2])
@@ -236,6 +316,7 @@ def test_two_ranks_mean_gradient_is_that_of_one_process(
     (_, first), (_, second) = share([0], elsewhere=two), share([1, 2], elsewhere=one)
     for name, grad in whole.items():
         assert ((first[name] + second[name]) / 2 - grad).norm() < 1e-3 * grad.norm() + 1e-7, name
+    assert (losses[1] + losses[2]) / 2 == pytest.approx(losses[3], rel=1e-4)
 
 
 def test_checkpointed_layers_train_as_others_do(build: Any, rows: dict[str, list[Any]]) -> None:

@@ -18,8 +18,9 @@ def test_a_page_has_prompts_answers_and_colours(
     asked = [tokenizer(f"Compute 1+{n}.")["input_ids"] for n in (1, 2, 3)]
     answers = [tokenizer(f"{n}")["input_ids"] for n in (41, 52, 63)]
     batch = sequences(asked, answers, pad=0)
-    count = int(batch.answers.sum())
-    show(tokenizer, batch, torch.linspace(0, 2, count), step=7, folder=tmp_path, most=2)
+    parts = batch.cut(1)  # as learnt from one by one
+    kl = torch.linspace(0, 2, len(batch.places)).split([len(part.places) for part in parts])
+    show(tokenizer, list(zip(parts, kl, strict=True)), step=7, folder=tmp_path, most=2)
     page = (tmp_path / "rollouts/step_000007.html").read_text()
     printed = capsys.readouterr().out
     for text in (page, printed):

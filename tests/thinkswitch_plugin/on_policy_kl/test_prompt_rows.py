@@ -55,11 +55,28 @@ def test_what_the_rows_gave_is_counted(tokenizer: Any, recipes: Path) -> None:
     doc = {"messages": ASK, "trace_opened": True}
     rows = [{"doc": doc, "resps": [["r</think>37", "s</think>38"]]}, {"doc": doc, "resps": [["cut off"]]}]
     (counts,) = attached(prepared([*rows, {"problem": "1+1"}], tokenizer, recipes), "on_policy_kl")
-    assert counts == {"path": "mine.jsonl", "prompts": 3, "with_trace": 2, "unclosed": 1}
+    assert counts == {"path": "mine.jsonl", "prompts": 3, "with_trace": 2, "unclosed": 1, "too_long": 0}
     assert sentence({"datasets": [counts, counts]}) == (
         "6 prompts, 4 with a trace for the teacher; left out 2 whose trace never closed"
     )
     assert sentence({"datasets": [{"path": "x", "prompts": 5, "with_trace": 0, "unclosed": 0}]}) == "5 prompts"
+
+
+def test_a_row_s_own_trace_is_no_longer_than_the_teacher_may_write(tokenizer: Any, recipes: Path) -> None:
+    doc = {"messages": ASK, "trace_opened": True}
+    traces = ["24+26=50\n</think>", "24+26=50\n50-13=37\n</think>"]
+    rows = [{"doc": doc, "resps": [traces]}, {"doc": doc, "resps": [traces[1:]]}]
+    longest = len(tokenizer(traces[0], add_special_tokens=False)["input_ids"])
+    found = prepared(rows, tokenizer, recipes, trace_max_new_tokens=longest)
+    assert [tokenizer.decode(ids).partition("<think>\n")[2] for ids in found["teacher_input_ids"]] == traces[:1]
+    (counts,) = attached(found, "on_policy_kl")
+    assert counts == {"path": "mine.jsonl", "prompts": 1, "with_trace": 1, "unclosed": 0, "too_long": 2}
+    assert sentence({"datasets": [counts, {**counts, "unclosed": 1}]}) == (
+        "2 prompts, 2 with a trace for the teacher; left out 1 whose trace never closed and 4 whose trace has more "
+        "than trace_max_new_tokens"
+    )
+    with pytest.raises(ValueError, match=r"no prompt is left; 3 traces have more than \d+ tokens: raise trace_max_new"):
+        prepared(rows, tokenizer, recipes, trace_max_new_tokens=longest - 1)
 
 
 @pytest.mark.parametrize("row", [{"problem": ASK[0]["content"]}, {"prompt": ASK[0]["content"]}, {"messages": ASK}])
@@ -80,7 +97,7 @@ def test_without_a_trace_both_read_the_same(tokenizer: Any, recipes: Path) -> No
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"problem": "1+1"}, {"question": "1+1"}], r"row 2: the row has no prompt \(its keys: question\)"),
+        ([{"problem": "1+1"}, {"topic": "1+1"}], r"row 2: the row has no prompt \(its keys: topic\)"),
         ([{"problem": " "}], "row 1: `problem` is empty"),
         ([{"doc": {"messages": ASK}, "resps": [["a trace that never closes"]]}], "no prompt is left"),
         (

@@ -129,5 +129,10 @@ def test_layout() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 8, 0], [7, 9, 9, 9]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch.answers.tolist() == [[False, False, True, False], [False, True, True, True]]
+    assert batch.places.tolist() == [2, 5, 6, 7]
+    first, second = batch.cut(1)
+    assert (first.input_ids.tolist(), first.places.tolist()) == ([[5, 6, 8]], [2])
+    assert (second.input_ids.tolist(), second.places.tolist()) == ([[7, 9, 9, 9]], [1, 2, 3])
+    assert batch.cut(2) == [batch]
     ids, mask = left_padded([[5, 6], [7]], 0, torch.device("cpu"))
     assert (ids.tolist(), mask.tolist()) == ([[5, 6], [0, 7]], [[1, 1], [0, 1]])

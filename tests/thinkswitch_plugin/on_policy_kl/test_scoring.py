@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 
+from thinkswitch_plugin.on_policy_kl import scoring
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
+from thinkswitch_plugin.on_policy_kl.loss import token_loss
 from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, sequences
 from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight, trace_tokens
 
@@ -44,10 +47,37 @@ def test_padding_changes_nothing(pair: Any, batch: Sequences) -> None:
     with torch.no_grad():
         together = answer_states(model, model, batch)
         alone = []
-        for ids, real, answer in zip(*batch, strict=True):
-            width = int(real.sum())
-            alone.append(answer_states(model, model, Sequences(*(part[None, :width] for part in (ids, real, answer)))))
+        for row in batch.cut(1):
+            assert bool(row.attention_mask.all())
+            alone.append(answer_states(model, model, row))
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_states_need_no_look_at_the_device() -> None:
+    """On fake tensors, as a plan traces them: whatever waits for a value fails there."""
+    with FakeTensorMode():
+        model = Qwen3ForCausalLM(Qwen3Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2))
+        ids, places = torch.zeros((2, 512), dtype=torch.int64), torch.zeros(100, dtype=torch.int64)
+        states = answer_states(model, model, Sequences(ids, torch.ones_like(ids), places))
+        assert states.shape == (100, 64)
+        loss = token_loss(states, head_weight(model), states, head_weight(model))
+        loss.total.backward()
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 10_000])
+def test_the_teacher_scores_in_parts_of_their_own_width(
+    pair: Any, tokenizer: Any, batch: Sequences, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = with_adapter(pair["instruct"])
+    teacher = Teacher(OnPolicyKLConfig(teacher="self"), student, tokenizer, torch.float32)
+    expected = teacher.states(batch)
+    monkeypatch.setattr(scoring, "TEACHER_TOKENS", at_once)
+    widths: list[int] = []
+    hook = student.get_decoder().register_forward_hook(lambda _, __, out: widths.append(out[0].shape[1]))
+    states = teacher.states(batch)
+    hook.remove()
+    assert widths == {1: [9, 10, 9], 40: [10], 10_000: [10]}[at_once]
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_self_is_the_base_without_the_adapter_or_a_second_copy(pair: Any, tokenizer: Any, batch: Sequences) -> None:
@@ -127,13 +157,13 @@ def test_the_teacher_thinks_once_a_prompt(pair: Any, tokenizer: Any, recipes: Pa
         for sum_ in ("24+26+28", "38-10+20")
     ]
     first = teacher.think([*prompts, prompts[0]])
-    texts = [tokenizer.decode(trace) for trace in first if trace]
-    assert len(texts) == 3
+    assert list(first) == [tuple(prompt) for prompt in prompts]
+    texts = [tokenizer.decode(trace) for trace in first.values() if trace]
+    assert len(texts) == 2
     assert texts[0].startswith("24+26=50")
     assert all(text.endswith("</think>\n\n") for text in texts)
-    assert first[0] == first[2]
-    teacher.model.generation_config.do_sample = True  # a second asking is answered from memory
-    assert teacher.think(prompts) == first[:2]
+    assert teacher.think(prompts) == {}  # a second asking is answered from memory
+    assert teacher.traces == first
 
 
 TAGS = [("<think>", "</think>")]
