@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness import checks, interpreters, outcomes, page, schedule, tasks
+from harness import checks, evidence, interpreters, outcomes, page, schedule, tasks
 from harness.asking import SERVED, TOOLS
 from harness.config import LoopConfig
 from harness.errors import LoopError, StageError
@@ -486,9 +486,17 @@ class Published:
         wall = self.run.folder.wall_s()
         per_hour = self.run.config.usd_per_hour
         cost = None if per_hour is None else round(wall / 3600 * per_hour, 4)
-        results = {"rows": rows, "wall_s": round(wall, 3), "cost_usd": cost}
+        questions = list(self.questions())
+        gains = evidence.gains(questions)
+        results = {
+            "rows": rows,
+            "verdict": evidence.verdict(gains),
+            "comparisons": [evidence.as_json(gain) for gain in gains],
+            "wall_s": round(wall, 3),
+            "cost_usd": cost,
+        }
         with disk_errors(self.run.folder.root):
-            lines = (json.dumps(question) + "\n" for question in self.questions())
+            lines = (json.dumps(question) + "\n" for question in questions)
             self.run.folder.outcomes.write_text("".join(lines), encoding="utf-8")
             write_json(self.run.folder.results, results)
             text = page.page(self.run.folder.root.name, rows, done, results, self.run.folder.noted())

@@ -6,6 +6,7 @@ Knows Rich. Is told what happens by `loop`.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -27,9 +28,11 @@ from rich.table import Table
 from rich.text import Text
 
 from harness import runner
+from harness.evidence import Comparison
 from harness.outcomes import Row
 from harness.plan import Step
 from harness.stages import Stage
+from harness.stats import Estimate
 
 PLAIN_WIDTH = 110  # of a log or a pipe, where Rich would cut cells to fit 80 columns
 SLOW_BYTES = 1 << 28  # a file whose reading is worth a bar
@@ -170,10 +173,12 @@ class View:
             self._refresh()
 
     def end(self, run: Any, results: Mapping[str, Any]) -> None:
-        """The run is over: the table, where the time went, and where everything lies."""
+        """The run is over: the table, what is sure of it, where the time went, and where everything lies."""
         self.close()
         rows = results["rows"]
         self._print(table(rows))
+        for line in results["verdict"]:
+            self.say(line)
         if self.quiet:
             return
         if cells := pass_cells(rows):
@@ -272,6 +277,43 @@ def table(rows: Sequence[Row], title: str = "scores") -> Table:
             f"{last['closed_traces']:.0%}",
             end_section=place != places[-1] and places[places.index(place) + 1][0] != place[0],
         )
+    return result
+
+
+def points(estimate: Estimate) -> str:
+    """A gain in points, with its interval."""
+    return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+
+
+COMPARISON_HEADS = ("task", "checkpoint", "before", "after", "points (95 %)", "gained", "lost", "p", "tokens")
+
+
+def comparison_cells(found: Sequence[Comparison]) -> list[list[str]]:
+    """Paired comparisons, for the table and the page."""
+    return [
+        [
+            one.task,
+            one.after.checkpoint if one.before.checkpoint == one.after.checkpoint else "",
+            f"{one.scores[0]:.1%}",
+            f"{one.scores[1]:.1%}",
+            points(one.gain),
+            str(one.test.gained),
+            str(one.test.lost),
+            f"{one.p:.2g}",
+            "" if math.isnan(one.tokens.value) else f"× {one.tokens.value:.2f}",
+        ]
+        for one in found
+    ]
+
+
+def comparison_table(found: Sequence[Comparison]) -> Table:
+    """Paired comparisons; p-values are corrected for there being several."""
+    sides = list(dict.fromkeys(f"{one.before} → {one.after}" for one in found))
+    result = Table(title=f"question by question: {', '.join(sides)}", title_justify="left")
+    for head in COMPARISON_HEADS:
+        result.add_column(head, justify="left" if head in ("task", "checkpoint") else "right")
+    for line in comparison_cells(found):
+        result.add_row(*line)
     return result
 
 

@@ -203,7 +203,7 @@ def test_quiet_shows_the_scores_and_nothing_else(run: Run, terminal: bool) -> No
     view.hashing("model.safetensors", SLOW_BYTES, SLOW_BYTES)
     assert text_of(view) == ""
     assert view.live is None
-    view.end(run, {"rows": ROWS, "wall_s": 65.0, "cost_usd": None})
+    view.end(run, {"rows": ROWS, "verdict": ["instruct is better"], "wall_s": 65.0, "cost_usd": None})
     assert "60.5%" in text_of(view)
     assert "time by stage" not in text_of(view)
     assert str(run.folder.root) not in text_of(view)
@@ -212,9 +212,9 @@ def test_quiet_shows_the_scores_and_nothing_else(run: Run, terminal: bool) -> No
 def test_the_end_has_scores_times_cost_and_where_to_look(run: Run) -> None:
     view = plain()
     done(run, 1, "distill")
-    view.end(run, {"rows": ROWS, "wall_s": 65.0, "cost_usd": 0.02})
+    view.end(run, {"rows": ROWS, "verdict": ["instruct is better"], "wall_s": 65.0, "cost_usd": 0.02})
     text = text_of(view)
-    assert text.index("scores") < text.index("time by stage") < text.index("1 min 05 s, 0.02 US dollars in all")
+    assert text.index("scores") < text.index("instruct is better") < text.index("time by stage") < text.index("1 min 05 s, 0.02 US dollars in all")
     assert f"checkpoints, logs and scores: {run.folder.root}" in text
     assert f"to look at: {run.folder.report}" in text
     assert "TaH" not in text
@@ -222,7 +222,7 @@ def test_the_end_has_scores_times_cost_and_where_to_look(run: Run) -> None:
 
 def test_the_end_without_a_price_names_none(run: Run) -> None:
     view = plain()
-    view.end(run, {"rows": [], "wall_s": 5.0, "cost_usd": None})
+    view.end(run, {"rows": [], "verdict": [], "wall_s": 5.0, "cost_usd": None})
     assert "\n5 s in all\n" in text_of(view)
 
 
@@ -457,7 +457,7 @@ def test_the_live_view_is_gone_when_it_is_closed(watched_run: tuple[View, Run]) 
     view.close()
     assert view.live is None
     view.close()
-    view.end(run, {"rows": ROWS, "wall_s": 65.0, "cost_usd": None})
+    view.end(run, {"rows": ROWS, "verdict": ["instruct is better"], "wall_s": 65.0, "cost_usd": None})
     assert "60.5%" in text_of(view)
 
 

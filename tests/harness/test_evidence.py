@@ -1,0 +1,127 @@
+"""What outcomes show: who is compared with whom, on which questions, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import command_here
+
+from harness import evidence
+from harness.errors import LoopError
+
+
+def asked(scores: str, **where: Any) -> list[dict[str, Any]]:
+    """Outcomes of one checkpoint, a question a character: 1 right, 0 wrong."""
+    place = {"run": "mine", "arm": "answers", "seed": 42, "iteration": 0, "checkpoint": "instruct", "task": "sums"}
+    counted = {"answers": 1, "closed": 0, "truncated": 0, "trace_tokens": 0, "answer_tokens": 10}
+    return [
+        {**place, "question": f"q{number}", "score": float(score), **counted, **where}
+        for number, score in enumerate(scores)
+    ]
+
+
+def lasting(rows: list[dict[str, Any]], folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "outcomes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+RUN = [
+    *asked("0" * 20 + "1" * 10),
+    *asked("1" * 30, checkpoint="thinking", trace_tokens=90),
+    *asked("0" * 15 + "1" * 15, iteration=1),
+    *asked("0" * 10 + "1" * 20, iteration=2),
+    *asked("0" + "1" * 29, checkpoint="thinking", iteration=2, trace_tokens=90),
+]
+
+
+def test_the_last_iteration_is_held_against_the_pair_as_it_came() -> None:
+    instruct, thinking = evidence.gains(RUN)
+    assert (instruct.before.iteration, instruct.after.iteration) == (0, 2)
+    assert instruct.scores == pytest.approx((1 / 3, 2 / 3))
+    assert (instruct.test.gained, instruct.test.lost, instruct.test.p) == (10, 0, pytest.approx(2 / 1024))
+    assert instruct.p == pytest.approx(4 / 1024), "corrected for two comparisons"
+    assert instruct.tokens.value == 1.0
+    assert (thinking.test.gained, thinking.test.lost, thinking.p) == (0, 1, 1.0)
+
+
+def test_the_verdict_says_what_is_sure_and_what_these_questions_could_show() -> None:
+    sure, unsure = evidence.verdict(evidence.gains(RUN))
+    assert sure.startswith("instruct is better on sums: 33.3% → 66.7% of 30 questions (10 gained, 0 lost; p = 0.0039")
+    assert unsure.startswith("no sure change of thinking on sums: 100.0% → 96.7%")
+    assert "these questions would show a change of 25 points" in unsure
+    worse = evidence.verdict(evidence.gains([*asked("1" * 30), *asked("0" * 15 + "1" * 15, iteration=1)]))
+    assert worse[0].startswith("instruct is worse on sums")
+
+
+def test_tasks_runs_and_seeds_are_not_mixed() -> None:
+    other = [{**row, "run": "other", "seed": 1} for row in RUN]
+    more = [{**row, "task": "words"} for row in RUN]
+    found = evidence.gains([*RUN, *other, *more])
+    assert len(found) == 6
+    assert all(one.before.run == one.after.run for one in found)
+    assert {one.test.n for one in found} == {30}
+
+
+def test_a_run_of_iteration_0_alone_has_nothing_to_compare() -> None:
+    assert evidence.gains(asked("0101")) == []
+
+
+def test_figures_of_each_checkpoint() -> None:
+    found = {(str(one.who), one.task): one for one in evidence.figures(RUN)}
+    assert found["mine:instruct@2", "sums"].transferred == pytest.approx((0.5, 0.3, 0.7), abs=0.06)
+    assert found["mine:instruct@0", "sums"].transferred is None
+    assert found["mine:instruct@0", "sums"].per_correct.value == 30.0
+    assert found["mine:thinking@0", "sums"].per_correct.value == 100.0
+    uncounted = evidence.figures(asked("01", trace_tokens=None, answer_tokens=None))
+    assert math.isnan(uncounted[0].per_correct.value)
+
+
+def test_a_checkpoint_is_named_by_run_kind_and_iteration(tmp_path: Path) -> None:
+    lasting(RUN, tmp_path / "mine")
+    names = {"mine": (2, "instruct"), "mine@1": (1, "instruct"), "mine:thinking": (2, "thinking")}
+    for name, (iteration, checkpoint) in {**names, "mine:thinking@0": (0, "thinking")}.items():
+        who, rows = evidence.chosen(tmp_path, name)["sums"]
+        assert (who.iteration, who.checkpoint, len(rows)) == (iteration, checkpoint, 30)
+    for name, says in {
+        "mine:thinking@1": "thinking was not evaluated in iteration 1; evaluated iterations: 0, 2",
+        "mine:teacher": "write RUN, RUN:instruct",
+        "nobody": "no such file",
+    }.items():
+        with pytest.raises(LoopError, match=says):
+            evidence.chosen(tmp_path, name)
+
+
+def test_other_questions_are_not_compared(tmp_path: Path) -> None:
+    lasting(RUN, tmp_path / "mine")
+    lasting(asked("0101", run="few"), tmp_path / "few")
+    lasting(asked("0101", run="words", task="words"), tmp_path / "words")
+    with pytest.raises(
+        LoopError, match=r"few:instruct@0 were not asked the same questions \(30 and 4, 4 of them alike"
+    ):
+        evidence.between(evidence.chosen(tmp_path, "mine"), evidence.chosen(tmp_path, "few"))
+    with pytest.raises(LoopError, match="no task in common: sums and words"):
+        evidence.between(evidence.chosen(tmp_path, "mine"), evidence.chosen(tmp_path, "words"))
+
+
+@pytest.mark.parametrize(("text", "says"), [("", "nothing was evaluated"), ('{"run": ', "not whole")])
+def test_outcomes_that_cannot_be_read(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "outcomes.jsonl").write_text(text)
+    with pytest.raises(LoopError, match=says):
+        evidence.read(tmp_path)
+
+
+def test_compare_at_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    lasting(RUN, tmp_path / "mine")
+    lasting(asked("0101", run="new"), tmp_path / "new")
+    assert command_here(monkeypatch, "compare", "mine", "--out", tmp_path) == 0
+    assert "instruct is better on sums" in capsys.readouterr().out
+    assert command_here(monkeypatch, "compare", "mine@0", "mine:thinking@0", "--out", tmp_path, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["gained"], found["lost"], found["tokens_ratio"]["value"]) == (20, 0, 10.0)
+    assert command_here(monkeypatch, "compare", "new", "--out", tmp_path) == 2
+    assert "only the pair as it came" in capsys.readouterr().err
