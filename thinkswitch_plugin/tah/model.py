@@ -197,7 +197,7 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
     def begin_backbone(self) -> None:
         """Start stage 1: gradients for backbone and adapter, which are kept in float32 while they learn.
 
-        bfloat16 has 8 bits, so that a weight of 2⁻⁶ or more does not move by 4e-5 at all. Run it under autocast, which
+        bfloat16 has 8 bits: a weight of more than 2⁻⁶ does not move by 4e-5 at all. Run it under autocast, which
         multiplies in bfloat16; what is saved has the dtype that the backbone had.
         """
         if self.dtype != torch.float32:

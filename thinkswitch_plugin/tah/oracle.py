@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from thinkswitch_plugin.recipe import add_files
 from thinkswitch_plugin.tah.batches import batches
-from thinkswitch_plugin.tah.model import tokens_at_a_head
+from thinkswitch_plugin.tah.model import count, tokens_at_a_head
 
 IGNORED = -100
 
@@ -122,20 +123,15 @@ def label(
         The dataset, and `tokens` that carry a loss, `hard` ones among them, their `share`, and `cached` (0 or 1).
     """
     digest, tokens = _fingerprint(dataset, reference, unsure_below)
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{digest}.safetensors"
-    cached = file.exists()
-    if cached:
-        flat = load_file(file)["hard"].bool()
-    else:
-        model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", use_safetensors=True).eval()
-        if torch.accelerator.is_available():
-            model.to(torch.accelerator.current_accelerator())
-        flat = torch.cat([torch.empty(0, dtype=torch.bool), *hard_tokens(model, dataset, tokens_at_once, unsure_below)])
-        folder.mkdir(parents=True, exist_ok=True)
-        # Several processes may ask at once; each writes the same, and whoever is last replaces it whole.
-        beside = file.with_suffix(f".{os.getpid()}")
-        save_file({"hard": flat.to(torch.uint8)}, beside)
-        beside.replace(file)
+    # Of several processes the first to come labels. A lock and no barrier: it is let go of by whoever fails or is
+    # killed, so that the others need not wait for it until a collective's timeout.
+    with FileLock(file.with_suffix(".lock")):
+        cached = file.exists()
+        if not cached:
+            _write(file, dataset, reference, tokens_at_once, unsure_below)
+    flat = load_file(file)["hard"].bool()
     hard = int(flat.sum())
     depths = pa.array((1 + (max_depth - 1) * flat.short()).numpy())
     offsets = np.concatenate([[0], np.cumsum(_lengths(dataset), dtype=np.int64)])
@@ -143,6 +139,17 @@ def label(
     share = hard / tokens if tokens else 0.0
     labelled = dataset.add_column("target_depth", column)
     return labelled, {"tokens": tokens, "hard": hard, "share": share, "cached": int(cached)}
+
+
+def _write(file: Path, dataset: Dataset, reference: str, tokens_at_once: int, unsure_below: float | None) -> None:
+    """Ask the reference and put its verdict, uint8 [all tokens], in a file that is there whole or not at all."""
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto", use_safetensors=True).eval()
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    flat = torch.cat([torch.empty(0, dtype=torch.bool), *hard_tokens(model, dataset, tokens_at_once, unsure_below)])
+    beside = file.with_suffix(f".{os.getpid()}")
+    save_file({"hard": flat.to(torch.uint8)}, beside)
+    beside.replace(file)
 
 
 def _fingerprint(dataset: Dataset, reference: str, unsure_below: float | None) -> tuple[str, int]:
@@ -162,11 +169,12 @@ def _fingerprint(dataset: Dataset, reference: str, unsure_below: float | None) -
     return digest.hexdigest(), tokens
 
 
-def collate(tokenizer: Any, **kwargs: Any) -> Any:
-    """Axolotl's usual collator (`DataCollatorForSeq2Seq`) for rows that also have `target_depth`.
+def collate(tokenizer: Any, max_depth: int = 2, **kwargs: Any) -> Any:
+    """Axolotl's usual collator (`DataCollatorForSeq2Seq`) for rows that also have `target_depth`, with their `Counts`.
 
     Args:
         tokenizer: pads; on either side.
+        max_depth: of the model.
         kwargs: of that collator.
     """
     from transformers import DataCollatorForSeq2Seq
@@ -183,6 +191,8 @@ def collate(tokenizer: Any, **kwargs: Any) -> Any:
             where = slice(width - len(depth), None) if left else slice(len(depth))
             padded[at, where] = torch.as_tensor(depth)
         batch["target_depth"] = padded
+        given = (batch.get("attention_mask"), batch["labels"], padded)
+        batch["counts"] = count(batch["input_ids"].shape, *given, max_depth)
         return batch
 
     return pad

@@ -5,11 +5,13 @@ Knows: Axolotl's hooks. Leaves to others: everything they call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.utils.dict import DictDefault
@@ -30,6 +32,7 @@ from thinkswitch_plugin.tah.config import TaHConfig
 
 LOG = get_logger("axolotl.thinkswitch.tah")
 
+DATA_PARALLEL = "remove it: several GPUs train by plain data parallelism (torchrun)"
 OTHER_ATTENTION = "duo-causal attention has no such kernel here; use attn_implementation: sdpa"
 # What passes of several depths rule out, and what to do about it.
 REFUSED = {
@@ -42,9 +45,15 @@ REFUSED = {
     "inference": "what a stage leaves is a whole model; use lm_eval, or ts-loop think-map",
     "merge_lora": "the adapter belongs to depths from 2 on and cannot be merged; use the checkpoint as it is",
     "streaming": "hard tokens are marked beforehand; remove it",
-    "context_parallel_size": "deeper passes are not split over devices; remove it",
-    "fsdp_config": "its wrapped layers cannot be run one by one; use plain data parallel training",
-    "deepspeed": "its hooks expect one pass; use plain data parallel training",
+    "torch_compile": "how many tokens go deeper differs from batch to batch; remove it",
+    "device_map": "a model's layers stay on one device; remove it, and start a process for each GPU (torchrun)",
+    "do_bench_eval": "it reads logits, of which an evaluation here makes none; use lm_eval",
+    **dict.fromkeys(
+        ("context_parallel_size", "tensor_parallel_size", "dp_shard_size"),
+        f"deeper passes are not split over devices; {DATA_PARALLEL}",
+    ),
+    **dict.fromkeys(("fsdp", "fsdp_config"), f"its wrapped layers cannot be run one by one; {DATA_PARALLEL}"),
+    "deepspeed": f"its hooks expect one pass; {DATA_PARALLEL}",
     "cut_cross_entropy": "the loss is made from several depths; remove it",
     "liger_fused_linear_cross_entropy": "the loss is made from several depths; remove it",
     **dict.fromkeys(
@@ -55,6 +64,13 @@ REFUSED = {
         ("flash_attention", "flex_attention", "xformers_attention", "sage_attention", "eager_attention"),
         OTHER_ATTENTION,
     ),
+}
+
+
+# What `accelerate launch` hands on, of a config file that the recipe knows nothing of.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
 }
 
 
@@ -76,6 +92,9 @@ class TaHPlugin(BasePlugin):
         if cfg.get("adapter") != ADAPTER:
             raise ValueError(f"tah: adapter is {cfg.get('adapter')!r}; write `adapter: {ADAPTER}`")
         refuse(ADAPTER, cfg, REFUSED)
+        for name, what in SHARDING.items():
+            if os.environ.get(name, "false").lower() in ("1", "true"):
+                raise ValueError(f"tah: accelerate is told to use {what}, which shards the model; {DATA_PARALLEL}")
         if cfg.get("attn_implementation") not in (None, "sdpa"):
             raise ValueError(f"tah: attn_implementation is {cfg['attn_implementation']}: {OTHER_ATTENTION}")
         check_checkpoint(block, str(cfg.get("base_model")))
@@ -111,13 +130,17 @@ class TaHPlugin(BasePlugin):
             if Path(settings["reference"]).is_dir():  # stage decider may run elsewhere
                 settings["reference"] = str(Path(settings["reference"]).resolve())
             model = TaHForCausalLM.from_backbone(model, **settings)
-            model.requires_grad_(True)
+            model.begin_backbone()
         else:
             model.begin_decider(block.pos_weight, **block.of_config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         added, total = model.added_parameters(), sum(p.numel() for p in model.parameters())
         LOG.info(f"tah: {trained:,} parameters are trained; {added:,} ({added / (total - added):.2%}) were added")
         return model, None
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
+        """Name the CPU where there is nothing else: unnamed, it is not let train in bfloat16."""
+        return {"use_cpu": not torch.accelerator.is_available()} if is_listed(cfg, PLUGIN) else None
 
     def get_trainer_cls(self, cfg: DictDefault) -> type | None:
         """Axolotl's trainer, which also logs depths."""
@@ -135,7 +158,9 @@ class TaHPlugin(BasePlugin):
             return None
         from thinkswitch_plugin.tah.oracle import collate
 
-        return collate, {}
+        # The model's depth, which the recipe of stage decider does not say.
+        config: Any = AutoConfig.from_pretrained(cfg.base_model)
+        return collate, {"max_depth": getattr(config, "max_depth", read_block(cfg.tah).max_depth)}
 
 
 def check_checkpoint(block: TaHBlock, base_model: str) -> None:
@@ -181,7 +206,7 @@ def check_checkpoint(block: TaHBlock, base_model: str) -> None:
         TaHConfig(**{**config.to_dict(), **block.of_config})
 
 
-def labelled(cfg: Mapping[str, Any]) -> TrainDatasetMeta:
+def labelled(cfg: Any) -> TrainDatasetMeta:
     """Load a recipe's datasets as Axolotl does and add `target_depth`; prints the share of hard tokens.
 
     Args:
@@ -199,6 +224,8 @@ def labelled(cfg: Mapping[str, Any]) -> TrainDatasetMeta:
         unsure_below = getattr(config, "unsure_below", None)
     assert reference
     name_the_cpu(cfg)
+    if cfg.get("device_map") == "auto":  # Axolotl's own choice: over all GPUs there are
+        cfg.device_map = {"": torch.accelerator.current_device_index()}
     meta = load_datasets(cfg=cfg)
     folder = Path(cfg.get("dataset_prepared_path") or "last_run_prepared") / "tah_labels"
     for name in ("train_dataset", "eval_dataset"):

@@ -34,7 +34,7 @@ class TaHTrainer(AxolotlTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             counted = inputs["labels"][:, 1:] != IGNORED
-            self._add("depth", outputs.depth[:, :-1][counted].sum(), counted.sum())
+            self._add("depth", (outputs.depth[:, :-1] * counted).sum(), counted.sum())
             if outputs.decided is not None:
                 self._add("right", outputs.right, outputs.decided)
         return (loss, outputs) if return_outputs else loss

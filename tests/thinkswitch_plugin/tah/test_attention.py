@@ -1,4 +1,4 @@
-"""The cache's memory beside stock generation's, masks where they are needed, and how often a token waits for the device.
+"""The cache's memory beside stock generation's, masks where they are needed, how often a token waits for the device.
 
 Memory is counted: every tensor that an operation makes, from its making until it is dropped.
 """

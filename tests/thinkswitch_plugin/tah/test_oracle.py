@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +85,40 @@ def test_labels_are_kept_and_asked_for_once(dataset: Dataset, tmp_path: Path, mo
         oracle.label(dataset, str(reference), 3, 100, tmp_path / "kept")
 
 
+def processes(count: int, work: Callable[[], object]) -> list[int]:
+    """Exit codes of so many forks that do the same at once."""
+    context = multiprocessing.get_context("fork")
+    forks = [context.Process(target=lambda: os._exit(int(work()))) for _ in range(count)]  # type: ignore[call-overload]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(60)
+    return [fork.exitcode for fork in forks]
+
+
+def test_of_several_processes_one_labels(dataset: Dataset, tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    REFERENCE.save_pretrained(reference)
+    torch.set_num_threads(1)
+
+    def ask() -> float:
+        return oracle.label(dataset, str(reference), 2, 100, tmp_path / "kept")[1]["cached"]
+
+    assert sorted(processes(3, ask)) == [0, 1, 1]
+
+
+def test_nobody_waits_for_a_process_that_was_killed_as_it_labelled(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = tmp_path / "reference"
+    REFERENCE.save_pretrained(reference)
+    given = (dataset, str(reference), 2, 100, tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(oracle, "hard_tokens", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert processes(2, lambda: oracle.label(*given)[1]["cached"]) == [-signal.SIGKILL] * 2
+    assert oracle.label(*given)[1]["cached"] == 0
+
+
 def test_rows_in_another_order_keep_their_labels(dataset: Dataset, tmp_path: Path) -> None:
     reference = tmp_path / "reference"
     REFERENCE.save_pretrained(reference)
@@ -101,3 +139,5 @@ def test_the_collator_pads_depths_where_it_pads_tokens(recipes: Path, side: str)
     batch = oracle.collate(tokenizer, return_tensors="pt")([dict(row) for row in rows])
     assert torch.equal(batch["target_depth"] == -100, batch["attention_mask"] == 0)
     assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
+    assert batch["counts"].lengths == (2, 4)
+    assert batch["counts"].deeper == ((2, 4),)

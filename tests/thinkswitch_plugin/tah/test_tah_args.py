@@ -64,7 +64,17 @@ def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any], lin
         ({"attn_implementation": "flex_attention"}, "attn_implementation is flex_attention"),
         ({"inference": True}, "use lm_eval, or ts-loop think-map"),
         ({"merge_lora": True}, "cannot be merged"),
-        ({"deepspeed": "zero3.json"}, "tah: deepspeed is set"),
+        (
+            {"deepspeed": "zero3.json"},
+            "tah: deepspeed is set: its hooks expect one pass; remove it: several GPUs train by",
+        ),
+        ({"fsdp_config": {"reshard_after_forward": True}}, "tah: fsdp_config is set"),
+        ({"fsdp": ["full_shard"]}, "tah: fsdp is set"),
+        ({"tensor_parallel_size": 2}, "tah: tensor_parallel_size is set: deeper passes are not split over devices"),
+        ({"context_parallel_size": 2}, "tah: context_parallel_size is set"),
+        ({"dp_shard_size": 2}, "tah: dp_shard_size is set"),
+        ({"torch_compile": "auto"}, "tah: torch_compile is set"),
+        ({"device_map": "auto"}, "tah: device_map is set: a model's layers stay on one device"),
         ({"adapter": "lora"}, "write `adapter: tah`"),
         ({"base_model": "nowhere/at/all"}, "base_model nowhere/at/all: no such folder"),
         ({"tah": {**BACKBONE, "reference": "./nowhere"}}, "tah.reference ./nowhere: no such folder"),
@@ -82,6 +92,13 @@ def test_what_does_not_go_together_is_refused_before_any_weight(
         TaHPlugin().register({**cfg, **changes})
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_accelerate_was_told_is_refused_too(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TaHPlugin().register(recipe(recipes, BACKBONE, tensor_parallel_size=1, context_parallel_size=1))  # splits nothing
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"^tah: accelerate is told to use FSDP, .*torchrun\)$"):
+        TaHPlugin().register(recipe(recipes, BACKBONE))
 
 
 def test_stage_decider_checks_its_checkpoint(recipes: Path, build: Callable[..., Any], tmp_path: Path) -> None:

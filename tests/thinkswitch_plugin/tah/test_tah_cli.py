@@ -100,6 +100,28 @@ def test_stage_two_trains_the_decider_alone_and_lm_eval_scores_it(
     assert "exact_match,none" in json.loads(file.read_text())["results"]["mini_math"]
 
 
+def test_both_stages_train_and_evaluate_in_bfloat16(
+    recipe: Callable[..., Path], tool: Callable[..., str], recipes: Path
+) -> None:
+    mixed = {"bf16": True, "max_steps": 1, "val_set_size": 0.1, "eval_steps": 1}
+    before, left = recipes / "mini/instruct", []
+    for stage in ("backbone", "decider"):
+        start = {} if stage == "backbone" else {"base_model": str(left[-1])}
+        file = recipe(stage, f"{stage}_bf16", **mixed, **start)
+        said = tool("axolotl", "train", file, *PYTHON, **CPU)
+        losses = [float(value) for value in re.findall(r"'(?:loss|eval_loss)': '?([\d.]+)", said)]
+        assert len(losses) >= 2
+        assert all(0 < loss < float("inf") for loss in losses)
+        left.append(left_by(file))
+    weights = [load_file(folder / "model.safetensors") for folder in (before, *left)]
+    assert {value.dtype for value in weights[1].values()} == {torch.bfloat16}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(weights[0][name].to(torch.bfloat16), weights[1][f"backbone.{name}"])
+    for key, value in weights[2].items():
+        assert value.dtype == (torch.float32 if key.startswith("decider.") else torch.bfloat16)
+        assert key.startswith("decider.") or torch.equal(value, weights[1][key])
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_single_rows_checkpointed_and_padded_train_as_one_batch_does(
     recipe: Callable[..., Path], recipes: Path, tool: Callable[..., str], processes: int
@@ -125,6 +147,31 @@ def test_single_rows_checkpointed_and_padded_train_as_one_batch_does(
         moved = (whole[f"backbone.{key}"] - value).norm()
         assert moved > 0, key
         assert (apart[f"backbone.{key}"] - whole[f"backbone.{key}"]).norm() < 1e-3 * moved, key
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(recipe: Callable[..., Path], tool: Callable[..., str]) -> None:
+    """Both stages by torchrun and gloo, several steps of the same rows, without dropout; labels are made once."""
+    same = {"optimizer": "sgd", "max_grad_norm": 0.0, "curriculum_sampling": True, "warmup_steps": 0, "max_steps": 3}
+    launcher = ("--launcher", "torchrun", "--", "--nproc_per_node=2")
+    left = ""
+    for stage, block, rate in (
+        ("backbone", {"lora_dropout": 0.0, "unsure_below": 0.8}, 0.02),
+        ("decider", {"decider_dropout": 0.0}, 0.002),
+    ):
+        losses = []
+        for name, rows, how in (("two", 8, launcher), ("one", 16, PYTHON)):
+            changes = {"base_model": left} if left else {}
+            file = recipe(stage, f"{stage}_{name}", block, **same, **changes, micro_batch_size=rows, learning_rate=rate)
+            said = tool("axolotl", "train", file, *how, **CPU)
+            losses.append([float(value) for value in re.findall(r"'loss': '?([\d.]+)", said)])
+            if stage == "backbone":
+                assert ("(kept from before)" in said) == (name == "one")
+        two, one = losses
+        assert len(one) == 3
+        assert one[0] > one[2] > 0
+        assert two == pytest.approx(one, rel=1e-4), stage
+        left = str(left_by(file))
 
 
 def test_a_recipe_that_cannot_be_labelled_is_one_line(recipe: Callable[..., Path]) -> None:
