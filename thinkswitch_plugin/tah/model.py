@@ -203,7 +203,8 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         if self.dtype != torch.float32:
             self._stored = self.dtype
         self.requires_grad_(True)
-        self.float()
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
 
     def begin_decider(self, pos_weight: float, **settings: Any) -> None:
         """Start stage 2: a new decider as `settings` (of `TaHConfig`) say, and gradients for nothing else.
