@@ -10,7 +10,8 @@ import ast
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,52 @@ def check_tasks(prompts: Sequence[Task], tests: Sequence[Task]) -> None:
             raise LoopError(
                 f"task {task.name} asks no prompts that can be learnt from: its rows have no messages"
                 "\nput your prompts into a file (.jsonl, .csv, .parquet) and name that, or see tasks/README.md"
+            )
+
+
+def check_processes(recipe: Mapping[str, Any], launcher: str) -> None:
+    """A training recipe that several processes are to share, as far as can be told before they start.
+
+    Raises:
+        LoopError: if one process would be started, a tool is missing, or the weights would be left in shares.
+    """
+    sharded = "deepspeed" if recipe.get("deepspeed") else "fsdp_config" if recipe.get("fsdp_config") else ""
+    if sharded and launcher.split()[:1] == ["python"]:
+        raise LoopError(
+            f"distill recipe: {sharded}: shares a model out to several processes, and launcher: python starts one; "
+            "--set 'launcher=torchrun --nproc_per_node=2'"
+        )
+    if sharded == "deepspeed":
+        if not find_spec("deepspeed"):
+            raise LoopError("distill recipe: deepspeed: is not installed; pip install deepspeed")
+        if not os.path.isfile(recipe["deepspeed"]):
+            raise LoopError(f"distill recipe: deepspeed: {recipe['deepspeed']}: no such file")
+    settings = recipe.get("fsdp_config") or {}
+    left = settings.get("final_state_dict_type") or settings.get("state_dict_type")
+    if left == "SHARDED_STATE_DICT" and not recipe.get("adapter") and recipe.get("save_strategy") == "no":
+        raise LoopError(
+            "distill recipe: fsdp_config: state_dict_type: SHARDED_STATE_DICT leaves a checkpoint in shares, which "
+            "Axolotl puts together from the last it saved, and save_strategy: no saves none; "
+            "--set distill.fsdp_config.final_state_dict_type=FULL_STATE_DICT"
+        )
+
+
+def check_accelerator(recipes: Mapping[str, Mapping[str, Any]], there: bool) -> None:
+    """Recipes made for an accelerator, where there is one.
+
+    Raises:
+        LoopError: naming the setting of the first that asks for one that is not `there`.
+    """
+    for name, recipe in recipes.items() if not there else ():
+        asked = ""
+        if str(recipe.get("device", "")).startswith("cuda"):
+            asked, instead = f"device: {recipe['device']}", "device=cpu"
+        elif name == "distill" and recipe.get("bf16") is True:
+            asked, instead = "bf16: true", "bf16=false"
+        if asked:
+            raise LoopError(
+                f"{name} recipe: {asked}: no accelerator is here, and what a card does in an hour takes a CPU days; "
+                f"see ts-loop plan, or --set {name}.{instead} if that is meant"
             )
 
 

@@ -13,12 +13,16 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+from packaging.version import Version
 
 from harness.errors import LoopError
 from harness.files import below, digest
 
+TOO_NEW = {"vllm": "0.22"}  # engine → the release from which lm-eval 0.4.11 cannot import it
 PROBE = """
 import json, sys
 from importlib.metadata import PackageNotFoundError, version
@@ -77,14 +81,15 @@ def look(path: Path, where: str, tools: tuple[str, ...], own: Mapping[str, str])
         why = "".join(said.stderr.splitlines()[-1:]) or f"exit code {said.returncode}"
         raise LoopError(f"{where}: {program}: does not work as a Python ({why})") from None
     versions = found["versions"]
-    for tool in ("lm_eval", "transformers"):
-        if tool not in versions:
-            raise LoopError(f"{where}: {program}: has no {tool}; {pip} lm_eval==0.4.11 and the recipe's model")
-    if int(versions["transformers"].split(".")[0]) < 5:
+    wanted = version("lm_eval")
+    if versions.get("lm_eval") != wanted:  # the tasks' `!function ../dataset.…` is read by this one, and not by 0.4.13
+        has = f"lm_eval {versions['lm_eval']}" if "lm_eval" in versions else "no lm_eval"
+        raise LoopError(f"{where}: {program}: has {has}, and the tasks need {wanted}; {pip} lm_eval=={wanted}")
+    if int(versions.get("transformers", "0").split(".")[0]) < 5:
         # It would read `rope_parameters` as transformers 5 writes them, find no `rope_theta` and take 10,000.
         raise LoopError(
-            f"{where}: {program}: has transformers {versions['transformers']}, which misreads the rotary base of the "
-            f"checkpoints written here; {pip} 'transformers>=5', and a release of the recipe's model that takes it"
+            f"{where}: {program}: has transformers {versions.get('transformers')}, which misreads the rotary base of "
+            f"the checkpoints written here; {pip} 'transformers>=5', and a release of the recipe's model that takes it"
         )
     for folder, ours in zip(found["folders"], _own_folders(), strict=True):
         if _content(folder) != _content(ours):
@@ -106,6 +111,11 @@ def check_model(model: str, where: str, versions: Mapping[str, str]) -> None:
         raise LoopError(
             f"{where} recipe: model: {model}: not installed in the environment it is to run in; make one with it and "
             f"lm_eval, and name its bin/python in loop.yml (python: {{{where}: …}})"
+        )
+    if (first := TOO_NEW.get(model)) and Version(versions[model]) >= Version(first):
+        raise LoopError(
+            f"{where} recipe: model: {model}: lm_eval {versions.get('lm_eval')} cannot import {model} "
+            f"{versions[model]}; install '{model}<{first}' there"
         )
 
 

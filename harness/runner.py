@@ -36,6 +36,8 @@ QUIET = {
 BAR = re.compile(rb"([^\r\n|]*?):?[ \t]*\d+%\|[^|]*\|\s*([\d.]+[kMG]?)/([\d.]+[kMG]?) \[")
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 RAISED = re.compile(r"(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception)\b: .*)")
+# What torchrun says at its end: which of several processes failed first.
+FIRST = re.compile(r"Root Cause \(first observed failure\):.*?\brank\s*: (\d+).*?\bexitcode\s*: (-?\d+)", re.DOTALL)
 NOISE = re.compile(r"^\s|^Traceback|^\s*$|it/s|s/it|━|╭|╰|│|\bWARNING\b|\bDEBUG\b|Warning:")
 # Not `-m harness.keeper`: what a command is named, and what its own children import, follows from the main module.
 START = "from harness.keeper import main; main()"
@@ -367,8 +369,19 @@ def last_words(log: Path, start: int = 0) -> list[str]:
     except OSError:
         return []
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if not NOISE.search(line)]
-    raised = [found[1] for line in lines if (found := RAISED.match(line)) and "ChildFailedError" not in line]
+    of_first = lines
+    if first := FIRST.search(text):
+        rank, code = first[1], int(first[2])
+        if code < 0:
+            return [f"rank {rank} was {killed_by(-code)}, and with it the others"]
+        of_first = [line for line in lines if line.startswith(f"[rank{rank}]:")] or lines
+    raised = [found[1] for line in of_first if (found := RAISED.match(line)) and "ChildFailedError" not in line]
     return raised[-1:] or lines[-1:]
+
+
+def killed_by(number: int) -> str:
+    """A process's end by a signal, and what that often means."""
+    return f"killed by {signal.Signals(number).name}" + (" (out of memory?)" if number == signal.SIGKILL else "")
 
 
 def obituary(title: str, code: int | None, log: Path, start: int) -> str:
@@ -376,8 +389,7 @@ def obituary(title: str, code: int | None, log: Path, start: int) -> str:
     if code is None:
         reason = "the process that ran it was killed (out of memory?)"
     elif code < 0:
-        name = signal.Signals(-code).name
-        reason = f"killed by {name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+        reason = killed_by(-code)
     else:
         reason = " ".join(last_words(log, start)) or f"exit code {code}"
     return f"{title} failed: {reason}\nthe whole log: {log}"

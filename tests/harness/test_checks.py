@@ -335,3 +335,53 @@ def test_what_is_needed_is_said_in_gigabytes(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(shutil, "disk_usage", disk(3_000_000_000))
     with pytest.raises(LoopError, match=r"1 checkpoints? needs? 16\.8 GB, .* has 3\.0 GB"):
         checks.check_disk(tmp_path, tmp_path, 1)
+
+
+# --- several processes, and none of the devices that a recipe asks for ---
+
+SHARES = {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}, "save_strategy": "no"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launcher", "said"),
+    [
+        ({"fsdp_config": {"x": 1}}, "python", r"fsdp_config: shares a model out .*--set 'launcher=torchrun"),
+        ({"deepspeed": "zero2.json"}, "python", r"deepspeed: shares a model out"),
+        ({"deepspeed": "zero2.json"}, "torchrun --nproc_per_node=2", r"deepspeed: is not installed; pip install"),
+        (SHARES, "torchrun", r"in shares, which .*--set distill\.fsdp_config\.final_state_dict_type=FULL_STATE_DICT"),
+    ],
+)
+def test_what_several_processes_would_not_end_well_is_refused(recipe: dict[str, Any], launcher: str, said: str) -> None:
+    with pytest.raises(LoopError, match=said):
+        checks.check_processes(recipe, launcher)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launcher"),
+    [
+        ({}, "python"),
+        ({"adapter": "qlora"}, "torchrun --nproc_per_node=2"),
+        ({**SHARES, "adapter": "lora"}, "torchrun"),  # saved whole
+        ({**SHARES, "save_strategy": "epoch"}, "torchrun"),  # put together by Axolotl
+        ({"fsdp_config": {**SHARES["fsdp_config"], "final_state_dict_type": "FULL_STATE_DICT"}}, "accelerate"),
+    ],
+)
+def test_and_what_would_is_not(recipe: dict[str, Any], launcher: str) -> None:
+    checks.check_processes(recipe, launcher)
+
+
+@pytest.mark.parametrize(
+    ("recipes", "said"),
+    [
+        ({"distill": {"bf16": True}}, r"^distill recipe: bf16: true: no accelerator .*--set distill\.bf16=false"),
+        (
+            {"distill": {}, "generate": {"device": "cuda:0"}},
+            r"^generate recipe: device: cuda:0: .*device=cpu",
+        ),
+    ],
+)
+def test_a_recipe_made_for_a_card_is_refused_where_there_is_none(recipes: dict[str, Any], said: str) -> None:
+    with pytest.raises(LoopError, match=said):
+        checks.check_accelerator(recipes, there=False)
+    checks.check_accelerator(recipes, there=True)
+    checks.check_accelerator({"distill": {"bf16": False}, "generate": {"device": "cpu"}}, there=False)

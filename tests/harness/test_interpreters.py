@@ -55,8 +55,9 @@ def test_it_is_asked_for_its_own_versions(other: Path) -> None:
     [
         ("missing", r"missing/bin/python: no such program; name the bin/python"),
         ("no Python", r"tool: does not work as a Python \(exit code 0\)"),
-        ("empty", r"has no lm_eval; .*bin/python -m pip install lm_eval==0\.4\.11"),
+        ("empty", r"has no lm_eval, and the tasks need 0\.4\.11; .*bin/python -m pip install lm_eval==0\.4\.11"),
         ("transformers 4", r"has transformers 4\.57\.1, which misreads the rotary base"),
+        ("lm_eval 0.4.13", r"has lm_eval 0\.4\.13, and the tasks need 0\.4\.11"),
         ("another thinkswitch", r"thinkswitch is another version there"),
     ],
 )
@@ -71,10 +72,11 @@ def test_one_that_cannot_ask_is_refused_in_a_line(
         program.chmod(0o755)
     elif made != "missing":
         program = environment(tmp_path / "venv", like_this=made != "empty")
-    if made == "transformers 4":
-        (packages(tmp_path / "venv") / "transformers-4.57.1.dist-info").mkdir()
-        metadata = packages(tmp_path / "venv") / "transformers-4.57.1.dist-info/METADATA"
-        metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.1\n")
+    name, _, number = {"transformers 4": "transformers 4.57.1"}.get(made, made).partition(" ")
+    if number[:1].isdigit():  # as pip leaves it
+        folder = packages(tmp_path / "venv") / f"{name}-{number}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
     if made == "another thinkswitch":
         (packages(tmp_path / "venv") / "thinkswitch_plugin").mkdir()
         (packages(tmp_path / "venv") / "thinkswitch_plugin/__init__.py").write_text("")
@@ -84,7 +86,9 @@ def test_one_that_cannot_ask_is_refused_in_a_line(
 
 
 def test_an_engine_that_is_not_installed_is_refused() -> None:
-    check_model("vllm", "evaluate", {"vllm": "0.19.0"})
+    check_model("vllm", "evaluate", {"vllm": "0.21.0"})
+    with pytest.raises(LoopError, match=r"lm_eval 0\.4\.11 cannot import vllm 0\.33\.0; install 'vllm<0\.22' there"):
+        check_model("vllm", "evaluate", {"vllm": "0.33.0", "lm_eval": "0.4.11"})
     with pytest.raises(LoopError, match=r"evaluate recipe: model: vllm: not installed .*python: \{evaluate: …\}"):
         check_model("vllm", "evaluate", {"lm_eval": "0.4.11"})
 

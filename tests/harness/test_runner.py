@@ -296,6 +296,40 @@ def test_last_words_skip_the_noise(tmp_path: Path) -> None:
     assert runner.last_words(tmp_path / "none") == []
 
 
+ENDED_BY_TORCHRUN = """\
+[rank0]: RuntimeError: Read error [127.0.0.1]:24994: Connection reset by peer
+[rank1]: ValueError: the reason
+[rank0]: RuntimeError: Read error [127.0.0.1]:24994: Connection reset by peer
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+=====
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 25015)
+-----
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-25_00:16:31
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 25016)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (1, "ValueError: the reason"),
+        (-9, "rank 1 was killed by SIGKILL (out of memory?), and with it the others"),
+        (-15, "rank 1 was killed by SIGTERM, and with it the others"),
+    ],
+)
+def test_of_several_processes_the_one_that_failed_first_is_told_of(tmp_path: Path, code: int, said: str) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text(ENDED_BY_TORCHRUN.format(code=code))
+    assert runner.last_words(log) == [said]
+
+
 # --- accelerators ---
 
 TRAP = """

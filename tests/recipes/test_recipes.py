@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
 import yaml
@@ -202,9 +204,9 @@ def two_layers_of_4b(shapes_of_4b: Path) -> Path:
     return shapes_of_4b
 
 
-def short(checkout: Path, base: Path, name: str = "instruct_distill", **changes: Any) -> Path:
+def short(checkout: Path, base: Path, name: str = "instruct_distill", folder: str = "qwen3_4b", **changes: Any) -> Path:
     """A 4B training recipe on this base and the shipped labels, for one step."""
-    recipe = yaml.safe_load((checkout / f"recipes/qwen3_4b/{name}.yml").read_text())
+    recipe = yaml.safe_load((checkout / f"recipes/{folder}/{name}.yml").read_text())
     kind = recipe["datasets"][0]["type"]
     recipe.update(
         base_model=str(base),
@@ -219,27 +221,68 @@ def short(checkout: Path, base: Path, name: str = "instruct_distill", **changes:
     return file
 
 
-@pytest.mark.parametrize("name", ["instruct_distill", "on_policy_kl"])
-def test_the_4b_recipes_pass_axolotl_s_own_validation(checkout: Path, shapes_of_4b: Path, name: str) -> None:
-    """As it is for a GPU, on a machine whose capabilities are said to be one's."""
+def validated(recipe: Path, gpus: int = 1) -> Any:
+    """What Axolotl makes of a recipe on a machine whose capabilities are said to be those of GPUs."""
     import axolotl.cli.config  # noqa: F401  (configures Axolotl's logging before anything else)
     from axolotl.cli.config import prepare_plugins
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    cfg = DictDefault(yaml.safe_load(short(checkout, shapes_of_4b, name).read_text()))
+    cfg = DictDefault(yaml.safe_load(recipe.read_text()))
     prepare_plugins(cfg)
-    checked = validate_config(
-        cfg,
-        capabilities=A_GPU,
-        env_capabilities={"torch_version": "2.13.0"},
-    )
+    return validate_config(cfg, capabilities={**A_GPU, "n_gpu": gpus}, env_capabilities={"torch_version": "2.13.0"})
+
+
+@pytest.mark.parametrize("name", ["instruct_distill", "on_policy_kl"])
+def test_the_4b_recipes_pass_axolotl_s_own_validation(checkout: Path, shapes_of_4b: Path, name: str) -> None:
+    checked = validated(short(checkout, shapes_of_4b, name))
     assert checked.adapter == "qlora"
     if name == "on_policy_kl":
         assert checked.on_policy_kl["context"] == "trace"
     else:
         assert checked.trace_stripping["max_dropped_fraction"] == 0.5
         assert checked.liger_fused_linear_cross_entropy is True
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_the_recipes_for_several_gpus_pass_axolotl_s_own_validation(
+    checkout: Path, shapes_of_4b: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Which is all of FSDP2 and ZeRO that a CPU can do."""
+    monkeypatch.chdir(checkout)
+    checked = validated(short(checkout, shapes_of_4b, name, folder="several_gpus"), gpus=2)
+    assert checked.adapter == ("qlora" if name in ("ddp", "zero2") else "lora")
+    assert checked.fsdp_version == (2 if name == "fsdp2" else None)
+    if name == "fsdp2":
+        assert checked.fsdp_config["state_dict_type"] == "FULL_STATE_DICT"
+        assert not checked.lora_mlp_kernel
+    elif name != "ddp":
+        settings = json.loads(Path(checked.deepspeed).read_text())
+        assert settings["zero_optimization"]["stage"] == int(name[-1])
+        gathers = settings["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save")
+        assert gathers is (True if name == "zero3" else None)
+
+
+@pytest.mark.parametrize("folder", ["vllm", "vllm_8gb"])
+@pytest.mark.parametrize("name", ["generate_labels", "evaluate_instruct", "evaluate_thinking"])
+def test_what_vllm_is_told_is_what_lm_eval_s_model_takes(recipes: Path, folder: str, name: str) -> None:
+    """As far as can be seen without vLLM: names it knows, an answer that fits, the cards' own sampling."""
+    written = yaml.safe_load((recipes / f"qwen3_4b/{folder}/{name}.yml").read_text())
+    arguments = written["model_args"]
+    (model,) = Path(lm_eval.__file__).parent.glob("models/vllm_causallms.py")
+    taken = {node.arg for node in ast.walk(ast.parse(model.read_text())) if isinstance(node, ast.arg)}
+    assert set(arguments) - {"max_num_seqs", "enforce_eager"} <= taken  # those two are vLLM's own
+    tokens = written["gen_kwargs"]["max_gen_toks"]
+    assert tokens + 1024 <= arguments["max_model_len"]
+    assert written["batch_size"] == "auto"
+    beside = yaml.safe_load((recipes / f"qwen3_4b/{name}.yml").read_text())
+    sampling = {**written["gen_kwargs"], "max_gen_toks": beside["gen_kwargs"]["max_gen_toks"]}
+    assert sampling == beside["gen_kwargs"]
+    # Weights, one whole sequence and the rest in what vLLM may take of a card.
+    nf4 = "nf4" in arguments["pretrained"]
+    weights, cache = 2.65 if nf4 else 8.04, 147_456 * arguments["max_model_len"] / 1e9
+    given = (8.2 if nf4 else 24.0) * arguments["gpu_memory_utilization"]
+    assert weights + cache + 1.0 < given
 
 
 @pytest.mark.parametrize(("size", "width"), [("0.6b", 1024), ("1.7b", 2048)])
