@@ -25,7 +25,7 @@ from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
 from harness.runner import Runner, Usage, devices, start
-from harness.stages import External, Keys, Output, Recipe, Stage, dump, placed
+from harness.stages import RECIPE, External, Keys, Output, Recipe, Stage, dump, placed
 from harness.store import Known, Store, is_checkpoint, loaded, stamp
 from harness.view import View
 
@@ -117,6 +117,8 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
     store, folder = Store(out / "stages"), RunDir(out / config.name)
     noted = folder.noted()
     pair, on_hub = check_pair(config)
+    if config.iterations:
+        checks.check_processes(recipes["distill"], config.launcher)
     prompts = checks.checked_prompts(config.own_prompts) if config.own_prompts else None
     if config.include_path and not config.include_path.is_dir():
         raise LoopError(f"--include-path {config.include_path}: no such folder")
@@ -392,6 +394,8 @@ def go(run: Run, view: View, runner: Runner | None = None) -> dict[str, Any]:
 def _carried_out(run: Run, view: View, runner: Runner | None) -> dict[str, Any]:
     todo = pending(run)
     if todo:
+        asked = {stage.kind.name: stage.recipes.get(RECIPE, {}) for stage in todo.values()}
+        checks.check_accelerator(asked, bool(devices()))
         checks.check_disk(run.store.root, run.pair["thinking"], sum(bool(s.kind.checkpoint) for s in todo.values()))
     settings = run.config.model_dump(mode="json")
     for key in run.again:
