@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from hashlib import sha256
@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness import checks, evidence, interpreters, outcomes, page, schedule, tasks
+from harness import checks, evidence, interpreters, outcomes, report, schedule, tasks
 from harness.asking import SERVED, TOOLS
 from harness.config import LoopConfig
 from harness.errors import LoopError, StageError
@@ -423,6 +423,8 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> dict[str, Any]:
                     except LoopError as error:
                         view.say(f"not published yet: {error}")  # the last word is `write`'s, below
             except LoopError:
+                with suppress(LoopError):  # what stopped the run is what is to be said
+                    reported(run)
                 raise
             except BaseException:
                 runner.stop()
@@ -432,12 +434,23 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> dict[str, Any]:
                 view.close()
             run.folder.note(preload_s=runner.preload_s, busy_s=runner.busy_s)
     results = published.write()
+    reported(run)
     view.end(run, results)
     return results
 
 
+def reported(run: Run) -> None:
+    """Write the run's page, if anything was evaluated.
+
+    Raises:
+        LoopError: if the disk is full.
+    """
+    if any(step.checkpoint and run.record(step) for step in run.steps):
+        report.write(run.folder.root.parent, [run.folder.root.name])
+
+
 class Published:
-    """`outcomes.jsonl`, `results.json` summed up from it, and `report.html`, as far as the run is."""
+    """`outcomes.jsonl`, and `results.json` summed up from it, as far as the run is."""
 
     def __init__(self, run: Run, view: View, todo: Iterable[str]):
         """Nothing is published yet; `todo` are the keys of stages still to do, whatever the store has of them."""
@@ -484,7 +497,7 @@ class Published:
                 yield from ({**where, **asdict(outcome)} for outcome in self.outcomes_of(step))
 
     def write(self) -> dict[str, Any]:
-        """Write the three files; returns what `results.json` holds."""
+        """Write the two files; returns what `results.json` holds."""
         done = [(step, record) for step in self.run.steps if (record := self.run.record(step))]
         rows = [row for step, record in done for row in self.rows_of(step, record)]
         wall = self.run.folder.wall_s()
@@ -503,8 +516,6 @@ class Published:
             lines = (json.dumps(question) + "\n" for question in questions)
             self.run.folder.outcomes.write_text("".join(lines), encoding="utf-8")
             write_json(self.run.folder.results, results)
-            text = page.page(self.run.folder.root.name, rows, done, results, self.run.folder.noted())
-            self.run.folder.report.write_text(text, encoding="utf-8")
         return results
 
 

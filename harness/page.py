@@ -1,123 +1,216 @@
-"""The run as one self-contained page. Knows HTML; is given rows, records and settings."""
+"""One or several runs as one self-contained page: no script, nothing fetched. Knows HTML by its template alone.
+
+`page.html.j2` beside this module is the look; everything a model or a user wrote reaches it escaped.
+"""
 
 from __future__ import annotations
 
-import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from harness import charts, evidence
+from harness.evidence import Figures
 from harness.outcomes import Row
-from harness.plan import Step
-from harness.view import KIND_HEADS, PASS_HEADS, change, clock, in_order, kind_cells, pass_cells
+from harness.report import Report
+from harness.stats import Estimate
+from harness.view import (
+    COMPARISON_HEADS,
+    KIND_HEADS,
+    PASS_HEADS,
+    change,
+    clock,
+    comparison_cells,
+    in_order,
+    kind_cells,
+    pass_cells,
+)
 
-COLOURS = {"instruct": "#2563eb", "thinking": "#d97706"}
-HEADS = ("iteration", "checkpoint", "task", "correct", "accuracy", "95 % interval", "tokens", "closed", "change")
+HEADS = ("task", "checkpoint", "iteration", "correct", "accuracy", "95 % interval", "change", "tokens", "closed")
+FIGURE_HEADS = (
+    "task",
+    "checkpoint",
+    "iteration",
+    "of the lead",
+    "95 % interval",
+    "tokens a right answer",
+    "95 % interval",
+)
 
 
-def cells(row: Row, rows: list[Row]) -> list[str]:
+def page(reports: Sequence[Report]) -> str:
+    """The page of some runs."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    shown = []
+    for report in reports:
+        whole = picture(report)
+        for kind in ("by_iteration", "frontier", "curves"):
+            whole[kind] = [Markup(drawn) for drawn in whole[kind]]  # Vega escapes what it draws
+        shown.append(whole)
+    title = ", ".join(report.name for report in reports)
+    return environment.get_template("page.html.j2").render(title=title, reports=shown)
+
+
+def picture(report: Report) -> dict[str, Any]:
+    """What the template shows of a run."""
+    rows = in_order(report.rows)
+    lines = evidence.verdict(report.comparisons)
+    kinds = ["" if one.p > evidence.SURE else "better" if one.gain.value > 0 else "worse" for one in report.comparisons]
+    last = max(row["iteration"] for row in rows)
+    points = [
+        {
+            "iteration": row["iteration"],
+            "checkpoint": row["checkpoint"],
+            "task": row["task"],
+            "accuracy": row["accuracy"],
+            "low": row["ci95"][0],
+            "high": row["ci95"][1],
+            "tokens": row["tokens_per_answer"],
+        }
+        for row in rows
+    ]
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for point in points:
+        by_task.setdefault(point["task"], []).append(point)
+    counted = {task: [p for p in mine if p["tokens"]] for task, mine in by_task.items()}
+    asked = report.noted.get("asked", {})
+    settings = {key: value for key, value in {**asked, **report.noted.get("versions", {})}.items() if key != "recipes"}
+    return {
+        "name": report.name,
+        "missing": report.missing,
+        "of": len(report.stages) + len(report.missing),
+        "verdict": [{"text": text, "kind": kind} for text, kind in zip(lines, kinds, strict=True)],
+        "cards": cards(report),
+        "ship": f"runs/{report.name}/iter_{last:02d}/distill/instruct" if last and not report.missing else "",
+        "by_iteration": [charts.by_iteration(task, mine) for task, mine in by_task.items()],
+        "frontier": [charts.frontier(task, mine) for task, mine in counted.items() if mine],
+        "tables": list(tables(report, rows)),
+        "curves": [charts.curve(title, logged) for title, logged in report.curves.items()],
+        "questions": report.questions,
+        "settings": "\n".join(f"{key}: {value}" for key, value in settings.items()),
+        "commands": "\n".join(" ".join(command) for _, _, record in report.stages for command in record["commands"]),
+    }
+
+
+def cards(report: Report) -> list[dict[str, str]]:
+    """The few figures a reader looks for first."""
+    found = []
+    for one in report.comparisons:
+        if one.after.checkpoint == "instruct":
+            before, after = one.scores
+            more = f"{before:.1%} → {after:.1%}, p = {one.p:.2g}"
+            found.append(
+                {"what": f"instruct, {one.task}", "value": f"{100 * (after - before):+.1f} points", "more": more}
+            )
+    for figure in report.figures:
+        if figure.transferred and not math.isnan(figure.transferred.value) and figure.who.iteration == _last(report):
+            value = f"{figure.transferred.value:.0%}"
+            found.append(
+                {"what": f"of thinking's lead, {figure.task}", "value": value, "more": between(figure.transferred)}
+            )
+    cost = "" if report.cost_usd is None else f"{report.cost_usd:.2f} US dollars"
+    peak = max((record["peak_memory_mb"] for _, _, record in report.stages), default=0)
+    gpu = max((record.get("peak_gpu_memory_mb", 0) for _, _, record in report.stages), default=0)
+    memory = f"{gpu / 1024:.1f} GiB of GPU memory" if gpu else f"{peak / 1024:.1f} GiB of memory"
+    found.append({"what": "time", "value": clock(report.wall_s), "more": cost or memory})
+    if cost:
+        found.append({"what": "memory", "value": memory, "more": "at its peak"})
+    return found
+
+
+def _last(report: Report) -> int:
+    return max(row["iteration"] for row in report.rows)
+
+
+def between(estimate: Estimate, scale: str = "percent") -> str:
+    """An interval: "17 % to 38 %", or plain numbers; empty where there is none."""
+    if math.isnan(estimate.low):
+        return ""
+    if scale == "percent":
+        return f"{estimate.low:.0%} to {estimate.high:.0%}"
+    return f"{estimate.low:,.1f}–{estimate.high:,.1f}"
+
+
+def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The tables, each with its head, its rows of texts, and how many columns are text."""
+    found = [
+        {
+            "id": "comparisons",
+            "title": "Question by question",
+            "note": f"The last iteration against the pair as it came: McNemar's exact test, corrected for "
+            f"{len(report.comparisons)} comparisons (Holm); points with 95 % intervals (paired bootstrap).",
+            "heads": COMPARISON_HEADS,
+            "rows": comparison_cells(report.comparisons),
+            "texts": 2,
+        },
+        {
+            "id": "scores",
+            "title": "Scores",
+            "note": "",
+            "heads": HEADS,
+            "rows": [cells(row, rows) for row in rows],
+            "texts": 2,
+        },
+        {
+            "id": "figures",
+            "title": "What moved, and what a right answer costs",
+            "note": "The share of thinking's lead over instruct that has moved; tokens written for a right answer.",
+            "heads": FIGURE_HEADS,
+            "rows": [figure_cells(figure) for figure in report.figures],
+            "texts": 2,
+        },
+        {
+            "id": "passes",
+            "title": "Passes of TaH checkpoints",
+            "note": "",
+            "heads": PASS_HEADS,
+            "rows": pass_cells(rows),
+        },
+        {
+            "id": "stages",
+            "title": "Time and memory by stage",
+            "note": "",
+            "heads": KIND_HEADS,
+            "rows": kind_cells([record for _, _, record in report.stages]),
+            "texts": 1,
+        },
+    ]
+    return [{"texts": 3, **table} for table in found if table["rows"]]
+
+
+def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     """One row of `results.json` as the page shows it."""
     low, high = row["ci95"]
-    gain = change(row, rows)
-    tokens = row["tokens_per_answer"]
+    gain, tokens = change(row, rows), row["tokens_per_answer"]
     return [
-        str(row["iteration"]),
-        row["checkpoint"],
         row["task"],
+        row["checkpoint"],
+        str(row["iteration"]),
         f"{row['correct']:g}/{row['n']}",
         f"{row['accuracy']:.1%}",
         f"{100 * low:.1f}–{100 * high:.1f}",
-        "" if tokens is None else f"{tokens:.1f}",
-        f"{row['closed_traces']:.0%}",
         "" if gain is None else f"{gain:+.1f}",
+        "" if tokens is None else f"{tokens:,.1f}",
+        f"{row['closed_traces']:.0%}",
     ]
 
 
-def chart(task: str, rows: list[Row]) -> str:
-    """Accuracy by iteration of one task as inline SVG, with the 95 % intervals."""
-    width, height, left, top, bottom = 420, 240, 44, 16, 30
-    mine = [row for row in rows if row["task"] == task]
-    last = max(1, *(row["iteration"] for row in mine))
-
-    def x(iteration: int) -> float:
-        return left + (width - left - 16) * iteration / last
-
-    def y(share: float) -> float:
-        return top + (height - top - bottom) * (1 - share)
-
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="accuracy on {html.escape(task)}">']
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - 16}" y1="{y(share):.1f}" y2="{y(share):.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(share) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
-    for iteration in range(last + 1):
-        parts.append(f'<text x="{x(iteration):.1f}" y="{height - 8}" text-anchor="middle">{iteration}</text>')
-    for who, colour in COLOURS.items():
-        line = sorted((row for row in mine if row["checkpoint"] == who), key=lambda row: row["iteration"])
-        points = " ".join(f"{x(row['iteration']):.1f},{y(row['accuracy']):.1f}" for row in line)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for row in line:
-            at, (low, high) = x(row["iteration"]), row["ci95"]
-            span = f'x1="{at:.1f}" x2="{at:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"'
-            parts.append(
-                f'<line {span} stroke="{colour}" opacity=".45"/>'
-                f'<circle cx="{at:.1f}" cy="{y(row["accuracy"]):.1f}" r="3.5" fill="{colour}">'
-                f"<title>{who}, iteration {row['iteration']}: {row['correct']}/{row['n']}</title></circle>"
-            )
-    return "".join([*parts, "</svg>"])
-
-
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1f2937}
-table{border-collapse:collapse;margin:1rem 0}
-td,th{padding:.25rem .7rem;border-bottom:1px solid #e5e7eb;text-align:right}
-td:nth-child(-n+3),th:nth-child(-n+3){text-align:left}.charts{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0}
-svg{width:26rem;max-width:100%}svg text{font-size:11px;fill:#6b7280}.grid{stroke:#e5e7eb}
-pre{background:#f3f4f6;padding:.7rem;overflow-x:auto}
-"""
-
-
-def page(
-    name: str,
-    rows: list[Row],
-    done: list[tuple[Step, dict[str, Any]]],
-    results: dict[str, Any],
-    noted: dict[str, Any],
-) -> str:
-    """The run as one HTML page with nothing outside it.
-
-    Args:
-        name: of the run.
-        rows: of `results.json`.
-        done: the steps that are done, each with its stage's record.
-        results: what `results.json` holds beside its rows.
-        noted: what `run.json` holds.
-    """
-    ordered = in_order(rows)
-    legend = " ".join(f'<b style="color:{colour}">{who}</b>' for who, colour in COLOURS.items())
-    cost = "" if results["cost_usd"] is None else f", {results['cost_usd']:.2f} US dollars"
-    asked = noted.get("asked", {})
-    settings = {key: asked[key] for key in asked if key != "recipes"}
-    commands = "\n".join(" ".join(command) for _, record in done for command in record["commands"])
-    charts = "".join(
-        f"<figure><figcaption>{html.escape(task)}</figcaption>{chart(task, rows)}</figure>"
-        for task in sorted({row["task"] for row in rows})
-    )
-    passes = pass_cells(rows)
-    passes_part = f"<h2>Passes of TaH checkpoints</h2>{_html_table(PASS_HEADS, passes)}" if passes else ""
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)} – ThinkSwitch</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(name)}</h1>"
-        f"<p>Accuracy by iteration: {legend}, with 95 % intervals. {clock(results['wall_s'])}{cost}.</p>"
-        f'<div class="charts">{charts}</div><h2>Scores</h2>{_html_table(HEADS, [cells(r, rows) for r in ordered])}'
-        f"{passes_part}<h2>Time by stage</h2>{_html_table(KIND_HEADS, kind_cells(done))}"
-        f"<h2>Settings</h2><pre>{html.escape(_lines({**settings, **noted.get('versions', {})}))}</pre>"
-        f"<h2>Commands</h2><pre>{html.escape(commands)}</pre></html>\n"
-    )
-
-
-def _html_table(heads: Any, rows: list[Any]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _lines(values: dict[str, Any]) -> str:
-    return "\n".join(f"{key}: {value}" for key, value in values.items())
+def figure_cells(figure: Figures) -> list[str]:
+    """The derived figures of one checkpoint and task."""
+    moved, each = figure.transferred, figure.per_correct
+    known = moved is not None and not math.isnan(moved.value)
+    return [
+        figure.task,
+        figure.who.checkpoint,
+        str(figure.who.iteration),
+        f"{moved.value:.0%}" if moved is not None and known else "",
+        between(moved) if moved is not None and known else "",
+        f"{each.value:,.1f}" if math.isfinite(each.value) else "",
+        between(each, "plain"),
+    ]

@@ -186,7 +186,7 @@ class View:
             for line in cells:
                 passes.add_row(*line)
             self._print(passes)
-        self._print(kind_table([(step, record) for step in run.steps if (record := run.record(step))]))
+        self._print(kind_table([record for step in run.steps if (record := run.record(step))]))
         cost = "" if results["cost_usd"] is None else f", {results['cost_usd']:.2f} US dollars"
         self.say(f"{clock(results['wall_s'])}{cost} in all")
         self.say(f"checkpoints, logs and scores: {run.folder.root}\nto look at: {run.folder.report}")
@@ -338,9 +338,9 @@ def pass_cells(rows: Sequence[Row]) -> list[list[str]]:
     ]
 
 
-def by_kind(done: Sequence[tuple[Step, Mapping[str, Any]]]) -> list[tuple[str, int, float, float, float]]:
-    """(kind, runs, wall seconds, CPU seconds, peak MiB) for each kind of stage that is done, in the plan's order."""
-    records = {record["key"]: record for _, record in done}
+def by_kind(done: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float, float, float]]:
+    """(kind, runs, wall seconds, CPU seconds, peak MiB) of each kind of stage, from the records of what is done."""
+    records = {record["key"]: record for record in done}
     result = []
     for name in dict.fromkeys(record["kind"] for record in records.values()):
         mine = [record for record in records.values() if record["kind"] == name]
@@ -353,12 +353,12 @@ def by_kind(done: Sequence[tuple[Step, Mapping[str, Any]]]) -> list[tuple[str, i
 KIND_HEADS = ("stage", "runs", "wall s", "CPU s", "peak MiB")
 
 
-def kind_cells(done: Sequence[tuple[Step, Mapping[str, Any]]]) -> list[list[str]]:
+def kind_cells(done: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Where the time went, for the table and the page."""
     return [[n, str(k), f"{wall:.1f}", f"{cpu:.1f}", f"{peak:.0f}"] for n, k, wall, cpu, peak in by_kind(done)]
 
 
-def kind_table(done: Sequence[tuple[Step, Mapping[str, Any]]]) -> Table:
+def kind_table(done: Sequence[Mapping[str, Any]]) -> Table:
     """Where the time went."""
     result = Table(title="time by stage", title_justify="left")
     for head in KIND_HEADS:

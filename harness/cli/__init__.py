@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from harness.cli import compare, gc, init, logs, loop, status, think_map
+from harness.cli import compare, gc, init, logs, loop, report, status, think_map
 from harness.errors import LoopError, Stopped
 
 EPILOG = """\b
@@ -42,7 +42,15 @@ command = click.Group(
     invoke_without_command=True,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    commands=[init.command, status.command, logs.command, compare.command, gc.command, think_map.command],
+    commands=[
+        init.command,
+        status.command,
+        logs.command,
+        report.command,
+        compare.command,
+        gc.command,
+        think_map.command,
+    ],
 )
 
 

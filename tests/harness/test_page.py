@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import a_run, row
+from made_runs import row
 
-from harness.config import LoopConfig
+from harness import evidence
 from harness.page import page
-from harness.plan import Step
+from harness.report import Answer, Question, Report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 FETCHING = {"src", "href", "srcset", "action", "data", "poster", "background", "xlink:href"}
@@ -77,105 +83,144 @@ def test_the_reader_of_these_tests_sees_what_is_wrong() -> None:
             Page(broken)
 
 
-@pytest.fixture
-def steps(shipped: LoopConfig, tmp_path: Path) -> list[tuple[Step, dict[str, Any]]]:
-    """Two evaluations that are done, each with its record."""
-    run = a_run(shipped, tmp_path)
-    record = {"kind": "evaluate", "cpu_s": 3.0, "peak_memory_mb": 700.0}
-    return [
-        (run.steps[0], {**record, "key": "evaluate-01", "wall_s": 2.0, "commands": [["lm_eval", "run"]]}),
-        (run.steps[1], {**record, "key": "evaluate-02", "wall_s": 4.0, "commands": [["lm_eval", "<x>", "&y"]]}),
+def reported(rows: list[dict[str, Any]] = ROWS, **changes: Any) -> Report:
+    """A run as `gather` would find it."""
+    cost = {"wall_s": 2.0, "cpu_s": 3.0, "peak_memory_mb": 700.0, "kind": "evaluate"}
+    stages = [
+        (0, "evaluate_instruct", {**cost, "key": "evaluate-01", "commands": [["lm_eval", "run"]]}),
+        (0, "evaluate_thinking", {**cost, "key": "evaluate-02", "wall_s": 4.0, "commands": [["lm_eval", "<x>", "&y"]]}),
     ]
+    made = Report("mine", rows, [], [], stages, [], {}, [], {}, 65.0, 0.02)
+    return replace(made, **changes)
 
 
-def made(
-    steps: list[tuple[Step, dict[str, Any]]],
-    rows: list[dict[str, Any]] = ROWS,
-    name: str = "mine",
-    cost: float | None = 0.02,
-    noted: dict[str, Any] | None = None,
-) -> str:
-    return page(name, rows, steps, {"rows": rows, "wall_s": 65.0, "cost_usd": cost}, noted or {})
+def asked(scores: str, **where: Any) -> list[dict[str, Any]]:
+    place = {"run": "mine", "arm": "answers", "seed": 42, "iteration": 0, "checkpoint": "instruct", "task": "mini_math"}
+    known = {"answers": 1, "trace_tokens": 0, "answer_tokens": 5}
+    return [{**place, "question": str(at), "score": float(s), **known, **where} for at, s in enumerate(scores)]
 
 
-def test_the_page_is_whole_and_fetches_nothing(steps: list[tuple[Step, dict[str, Any]]]) -> None:
+GAINED = evidence.gains([*asked("0" * 12 + "1" * 8), *asked("1" * 20, iteration=1)])
+
+
+def test_the_page_is_whole_and_fetches_nothing() -> None:
     noted = {"asked": {"t": 0.5, "recipes": {"secret": 1}, "prompts": ["p"]}, "versions": {"torch": "2.13.0"}}
-    text = made(steps, noted=noted)
+    text = page([reported(noted=noted, comparisons=GAINED)])
     assert text.startswith("<!doctype html>")
     read = Page(text)
     assert read.fetched == []
     assert "script" not in read.seen
     assert not [style for style in read.styles if "url(" in style or "@import" in style]
-    assert "http" not in text
-    for said in ("mine", "121/200", "60.5%", "1 min 05 s, 0.02 US dollars", "torch: 2.13.0", "t: 0.5", "lm_eval run"):
-        assert said in read.words
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
+    said = ("121/200", "60.5%", "1 min 05 s", "0.02 US dollars", "torch: 2.13.0", "t: 0.5", "lm_eval run", "6.0")
+    for words in ("mine", "instruct is better on mini_math", *said):
+        assert words in read.words
     assert "secret" not in text  # the recipes are in their stages
-    assert "evaluate" in read.words
-    assert "6.0" in read.words  # seconds, of both
 
 
-def test_each_score_is_there_with_its_change(steps: list[tuple[Step, dict[str, Any]]]) -> None:
-    text = made(steps)
-    scores = text[text.index("<h2>Scores") : text.index("<h2>Time")]
-    lines = [[cell.partition("</td>")[0] for cell in line.split("<td>")[1:]] for line in scores.split("<tr>")[2:]]
-    assert [(line[0], line[1], line[3], line[8]) for line in lines] == [
-        ("0", "instruct", "70/200", ""),
-        ("1", "instruct", "121/200", "+25.5"),
-        ("0", "thinking", "180/200", ""),
-        ("1", "thinking", "176/200", "-2.0"),
+def test_each_score_is_there_with_its_change() -> None:
+    scores = page([reported()]).partition('<table id="scores">')[2].partition("</table>")[0]
+    lines = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in scores.split("<tr>")[2:]]
+    assert [(line[1], line[2], line[3], line[6]) for line in lines] == [
+        ("instruct", "0", "70/200", ""),
+        ("instruct", "1", "121/200", "+25.5"),
+        ("thinking", "0", "180/200", ""),
+        ("thinking", "1", "176/200", "-2.0"),
     ]
 
 
-def test_better_is_higher_and_later_is_to_the_right(steps: list[tuple[Step, dict[str, Any]]]) -> None:
-    instruct, thinking = (
-        [tuple(map(float, point.split(","))) for point in points.split()] for points in Page(made(steps)).points
-    )
-    assert instruct[1][0] > instruct[0][0]
-    assert instruct[1][1] < instruct[0][1]
-    assert thinking[1][1] > thinking[0][1]
-    assert [point[0] for point in instruct] == [point[0] for point in thinking]
-    assert thinking[0][1] < instruct[0][1]
-
-
-def test_a_chart_for_each_task(steps: list[tuple[Step, dict[str, Any]]]) -> None:
+def test_a_chart_for_each_task() -> None:
     more = [*ROWS, row(0, "instruct", "mini_qa", 100), row(1, "instruct", "mini_qa", 100)]
-    assert Page(made(steps, more)).seen.count("svg") == 2
+    assert Page(page([reported(more)])).seen.count("svg") == 4  # by iteration and by tokens
 
 
 @pytest.mark.parametrize(
     "rows",
     [
-        [],
         ROWS[:1],
         [row(0, "thinking", "x", 3)],
         [row(0, "instruct", "x", 2.5, n=4), row(12, "instruct", "x", 0, n=4)],
         [row(0, "instruct", "x", 0, n=1), row(0, "thinking", "x", 1, n=1)],
     ],
 )
-def test_a_run_that_has_only_begun_has_a_page_too(
-    steps: list[tuple[Step, dict[str, Any]]], rows: list[dict[str, Any]]
-) -> None:
-    read = Page(made(steps, rows, cost=None))
+def test_a_run_that_has_only_begun_has_a_page_too(rows: list[dict[str, Any]]) -> None:
+    read = Page(page([reported(rows, cost_usd=None, stages=[], missing=["iter_01/distill"])]))
     assert "dollars" not in read.words
-    assert "nan" not in " ".join(read.points)
-    assert Page(made([], rows)).words
+    assert "nothing has been learnt yet" in read.words
+    assert "1 of 1" in read.words
+    assert "iter_01/distill" in read.words
 
 
-def test_names_are_text_and_never_markup(steps: list[tuple[Step, dict[str, Any]]]) -> None:
+def test_several_runs_are_one_page() -> None:
+    read = Page(page([reported(), reported(name="other")]))
+    assert read.seen.count("h1") == 2
+    assert "mine, other" in read.words
+
+
+def test_what_models_and_users_write_is_text_and_never_markup() -> None:
     bad = "<b>&\"'</b><script>x</script>"
-    rows = [row(0, bad, bad, 5)]
+    plain = Page(page([reported(ROWS[:1])]))
     noted = {"asked": {bad: bad, "prompts": [bad]}, "versions": {bad: bad}}
-    plain, read = Page(made(steps, ROWS[:1])), Page(made(steps, rows, bad, noted=noted))
+    question = Question(bad, bad, "gained", [Answer(bad, bad, bad, 1.0)])
+    curves = {bad: [{"step": 1, "value": 0.5, "iteration": 1}]}
+    read = Page(page([reported([row(0, bad, bad, 5)], name=bad, noted=noted, questions=[question], curves=curves)]))
     assert "script" not in read.seen
-    assert read.seen.count("b") == plain.seen.count("b")
+    assert read.seen.count("b") == plain.seen.count("b") + 1  # the question's own heading
     assert bad in read.words
     assert "lm_eval <x> &y" in read.words
 
 
-def test_passes_are_shown_of_tah_checkpoints_alone(steps: list[tuple[Step, dict[str, Any]]]) -> None:
+def test_passes_are_shown_of_tah_checkpoints_alone() -> None:
     passes = {"mean_depth": 1.0625, "skip_rate": 0.9375, "flops_per_token": 2.5e6}
     passes |= {"flops_per_token_single": 2e6, "flops_per_token_always": 5e6}
-    assert "Passes" not in Page(made(steps)).words
-    read = Page(made(steps, [row(0, "instruct", "x", 5, **passes)]))
+    assert "Passes" not in Page(page([reported()])).words
+    read = Page(page([reported([row(0, "instruct", "x", 5, **passes)])]))
     assert "Passes of TaH checkpoints" in read.words
     assert "1.062" in read.words
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-quic",
+]
+MEASURE = """<script>addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("body *")].filter((e) => !e.closest(".scroll") && !e.closest("svg")
+    && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.tagName);
+  document.title = JSON.stringify({page: document.documentElement.scrollWidth, window: innerWidth, wide});
+});</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_nothing_overflows_in_a_browser(tmp_path: Path, width: int) -> None:
+    long = "a_task_with_quite_a_long_name_" * 2
+    question = Question(
+        "mini_math", "x" * 400, "gained", [Answer("instruct, iteration 0", "y " * 400, "z" * 300, 0.0)] * 3
+    )
+    more = [row(0, "instruct", long, 100), row(1, "instruct", long, 130)]
+    text = page([reported([*ROWS, *more], comparisons=GAINED, questions=[question])])
+    file = tmp_path / "page.html"
+    # A window is no narrower than 500 pixels: the page is looked at in a frame.
+    file.write_text(text.replace("</head>", f"{MEASURE}</head>"))
+    frame = f'<iframe src="page.html" style="width:{width}px;height:900px;border:0" onload="setTimeout(() => {{'
+    frame += 'document.body.dataset.found = this.contentDocument.title}, 200)"></iframe>'
+    (tmp_path / "frame.html").write_text(frame)
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    flags = [*FLAGS, "--allow-file-access-from-files", "--virtual-time-budget=3000", "--enable-logging=stderr", profile]
+    said = subprocess.run(
+        [str(CHROMIUM), *flags, "--window-size=1600,1000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in said.stderr
+    found = json.loads(html.unescape(re.findall(r'data-found="([^"]*)"', said.stdout)[0]))
+    assert found["window"] == width
+    assert found["page"] <= width
+    assert found["wide"] == []

@@ -1,0 +1,125 @@
+"""What a run's page is made from: read from the run's folder, whatever state it is in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_runs import finished, row
+from small import command_here
+
+from harness import outcomes, report
+from harness.errors import LoopError
+from harness.files import write_json
+from harness.store import Store
+
+QUESTIONS = [f"Compute {n}+{n}." for n in range(1, 7)]
+PLACES = [(0, "instruct"), (0, "thinking"), (1, "instruct")]
+RIGHT = {(0, "instruct"): "110000", (0, "thinking"): "111111", (1, "instruct"): "011100"}
+LOG = b"""$ axolotl train
+ 50%|## | 1/2\r{'loss': '0.5', 'grad_norm': '0.4', 'learning_rate': '1e-3', 'epoch': '1'}
+{'loss': '0.25', 'opd/kl': '0.125', 'epoch': '2'}
+{'train_runtime': '9', 'train_loss': '0.3'}
+{'loss': broken}
+"""
+
+
+def sample(number: int, checkpoint: str, right: bool) -> dict[str, Any]:
+    answer = f"\\boxed{{{2 * (number + 1) if right else 0}}}"
+    thinks = checkpoint == "thinking"
+    return {
+        "doc_id": number,
+        "doc": {"question": QUESTIONS[number], "answer": str(2 * (number + 1)), "trace_opened": thinks},
+        "arguments": {"gen_args_0": {"arg_0": f"<user>{QUESTIONS[number]}<assistant>"}},
+        "resps": [[f"let me see</think>\n\n{answer}" if thinks else answer]],
+        "filter": "none",
+    }
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A run of one iteration, all of it done but the second evaluation of thinking."""
+    store = Store(tmp_path / "stages")
+    steps, rows, asked = [], [], []
+    for iteration, checkpoint in PLACES:
+        key = f"evaluate-{iteration}{checkpoint}"
+        samples = [sample(n, checkpoint, right == "1") for n, right in enumerate(RIGHT[iteration, checkpoint])]
+        lines = "".join(json.dumps(one) + "\n" for one in samples).encode()
+        finished(store, key, {"answers/samples_sums_2026-11-25T00.jsonl": lines})
+        where = {"iteration": iteration, "checkpoint": checkpoint}
+        steps.append({**where, "name": f"evaluate_{checkpoint}", "key": key})
+        rows.append(row(iteration, checkpoint, "sums", RIGHT[iteration, checkpoint].count("1"), n=6))
+        asked += [
+            {
+                **where,
+                "run": "mine",
+                "arm": "answers",
+                "seed": 42,
+                "task": "sums",
+                "answers": 1,
+                "trace_tokens": 0,
+                "answer_tokens": 5,
+                "score": float(right),
+                "question": outcomes.question(one),
+            }
+            for one, right in zip(samples, RIGHT[iteration, checkpoint], strict=True)
+        ]
+    finished(store, "distill-1", {"log.txt": LOG})
+    steps.append({"iteration": 1, "checkpoint": "", "name": "distill", "key": "distill-1"})
+    steps.append({"iteration": 1, "checkpoint": "thinking", "name": "evaluate_thinking", "key": "evaluate-none"})
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_json(folder / "run.json", {"steps": steps, "asked": {"seed": 42}})
+    write_json(folder / "results.json", {"rows": rows, "wall_s": 65.0, "cost_usd": None})
+    (folder / "outcomes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    return tmp_path
+
+
+def test_a_run_is_read_from_its_folder(out: Path) -> None:
+    found = report.gather(out, "mine")
+    assert [one.test.gained for one in found.comparisons] == [2]
+    assert found.missing == ["iter_01/evaluate_thinking"]
+    assert [name for _, name, _ in found.stages].count("distill") == 1
+    assert found.curves == {
+        "loss": [{"step": 1, "value": 0.5, "iteration": 1}, {"step": 2, "value": 0.25, "iteration": 1}],
+        "KL to the teacher, nats a token": [{"step": 2, "value": 0.125, "iteration": 1}],
+    }
+
+
+def test_gained_and_lost_questions_come_first_with_what_each_wrote(out: Path) -> None:
+    questions = report.gather(out, "mine").questions
+    assert [(one.asked, one.fate) for one in questions[:3]] == [
+        (QUESTIONS[2], "gained"),
+        (QUESTIONS[0], "lost"),
+        (QUESTIONS[3], "gained"),
+    ]
+    assert {one.fate for one in questions[3:]} == {"same"}
+    before, after, thinking = questions[0].answers
+    assert (before.who, before.answer, before.score) == ("instruct, iteration 0", "\\boxed{0}", 0.0)
+    assert (after.answer, after.score) == ("\\boxed{6}", 1.0)
+    assert (thinking.trace, thinking.answer) == ("let me see", "\\boxed{6}")
+
+
+def test_answers_that_are_gone_leave_a_page_without_them(out: Path) -> None:
+    for file in (out / "stages").glob("*/answers/*"):
+        file.write_text("{")
+    assert report.gather(out, "mine").questions == []
+
+
+def test_what_is_no_run_or_has_nothing_to_show_is_one_line(out: Path) -> None:
+    with pytest.raises(LoopError, match="no such run"):
+        report.gather(out, "other")
+    write_json(out / "mine" / "results.json", {"rows": [], "wall_s": 0, "cost_usd": None})
+    with pytest.raises(LoopError, match="nothing of it is evaluated yet"):
+        report.gather(out, "mine")
+
+
+def test_the_command_writes_the_page(out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert command_here(monkeypatch, "report", "mine", "--out", out) == 0
+    assert capsys.readouterr().out.strip() == str(out / "mine" / "report.html")
+    assert "Not finished: 1 of" in (out / "mine" / "report.html").read_text()
+    assert command_here(monkeypatch, "report", "mine", "mine", "--out", out, "--to", out / "both.html") == 0
+    assert (out / "both.html").read_text().count("<h1>") == 1
+    assert command_here(monkeypatch, "report", "other", "--out", out) == 2
