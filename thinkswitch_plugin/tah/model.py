@@ -184,15 +184,15 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _new_decider(self) -> Decider:
         config = self.config
-        decider = Decider(
-            config.text_config.hidden_size,
-            len(config.decider_layers),
-            config.mix_top_k,
-            config.decider_hidden,
-            config.decider_expansion,
-            config.decider_dropout,
-        )
-        return decider.to(self._embedding.weight.device)
+        with self._embedding.weight.device:
+            return Decider(
+                config.text_config.hidden_size,
+                len(config.decider_layers),
+                config.mix_top_k,
+                config.decider_hidden,
+                config.decider_expansion,
+                config.decider_dropout,
+            )
 
     def begin_backbone(self) -> None:
         """Start stage 1: gradients for backbone and adapter, which are kept in float32 while they learn.

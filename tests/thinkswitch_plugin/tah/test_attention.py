@@ -198,3 +198,26 @@ def test_a_loss_in_evaluation_makes_no_logits_of_all_tokens(build: Build) -> Non
     assert whole.logits.shape == (2, 300, backbone().config.vocab_size)
     shifted = torch.nn.functional.cross_entropy(whole.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(asked.loss, shifted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_whose_counts_are_known_runs_on_fake_tensors(stage: int) -> None:
+    """So can a planner see what a step takes before there are weights."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from thinkswitch_plugin.tah.model import Counts, TaHForCausalLM
+
+    with FakeTensorMode():
+        model = TaHForCausalLM.from_backbone(backbone(), mix_top_k=7, lora_r=3, decider="oracle")
+        if stage == 1:
+            model.begin_backbone()
+            model.gradient_checkpointing_enable()
+        else:
+            model.begin_decider(2.5, decider="learned", decider_layers=[1, 3], decider_hidden=[12])
+        ids = torch.zeros(2, 10, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16):
+            given = {"attention_mask": torch.ones_like(ids), "labels": ids, "target_depth": ids}
+            out = model.train()(ids, **given, counts=Counts((10, 8), "right", 12, ((3, 1),)))
+        out.loss.backward()
+        learnt = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert learnt == {"backbone" if stage == 1 else "decider"}
