@@ -1,0 +1,327 @@
+"""What each stage of a plan takes, before it runs: memory, time, tokens, disk, dollars, and whether the device can.
+
+Knows recipes' keys that cost something and what they cost. What a training step holds is traced (`footprint`), how long
+rows are, how many questions there are and how fast the device is are asked aside (`rows`, `questions`, `calibrate`).
+What cannot be known before it happened is counted as at most: an answer as long as it may be, a row as long as it may.
+
+    peak on a GPU   = CUDA's own + the tensors
+    peak on a CPU   = the imports' floor + max(loading, training), loading = weights + the file they are read from
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import aside
+from harness.asking import BUDGETS, LM_EVAL_TOKENS
+from harness.card import Card
+from harness.errors import LoopError
+from harness.files import read_json
+from harness.footprint import Footprint, Question, ask
+from harness.shape import Shape, read_shape
+
+CUDA_BYTES = 0.45e9  # a process's context and its libraries' workspaces
+HEAP = 0.75  # of a CPU's small blocks that come and go, what the C library keeps beside them: docs/results.md
+TRACED_KEYS = (  # of a training recipe, on which what a step holds depends
+    *("adapter", "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules"),
+    *("bf16", "fp16", "gradient_checkpointing", "gradient_accumulation_steps", "optimizer"),
+    *("liger_fused_linear_cross_entropy", "on_policy_kl", "tah"),
+)
+SHARE_BYTES = 5e9  # of a merge's shards, the most in memory at once
+START_S = 25.0  # imports and loading of a command that is not preloaded
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a checkpoint on a device.
+
+    Attributes:
+        step: of a forward and backward pass of few tokens.
+        token: of each further token in it.
+        decode: of one more token of every answer of a batch.
+    """
+
+    step: float
+    token: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Length:
+    """Tokens of a training recipe's rows.
+
+    Attributes:
+        prompt: of the longest, what carries no loss; `answer` what does, `context` what a teacher reads before it.
+        answer: see above.
+        context: see above.
+        hard: share of answer tokens read twice.
+        rows: how many there are; None where nobody knows.
+        measured: they were looked at; else they are what the recipe lets pass.
+    """
+
+    prompt: int
+    answer: int
+    context: int = 0
+    hard: float = 1.0
+    rows: int | None = None
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one stage.
+
+    Attributes:
+        name: of its step.
+        title: what it does.
+        iterations: in which it is done.
+        memory: bytes at its peak.
+        parts: of that, by name.
+        tokens: written and learnt from in all iterations, at most; None where nobody knows.
+        seconds: of all iterations, at most; None where nobody knows.
+        leaves: bytes on the disk when it is done, of all iterations.
+        beside: bytes more on the disk while it runs.
+        download: bytes fetched before it.
+        fits: on the device.
+        mend: what makes it fit, as it is typed; empty where it fits or nothing is known.
+        notes: what the figures take for granted.
+    """
+
+    name: str
+    title: str
+    iterations: tuple[int, ...]
+    memory: float
+    parts: dict[str, float] = field(default_factory=dict)
+    tokens: float | None = None
+    seconds: float | None = None
+    leaves: float = 0.0
+    beside: float = 0.0
+    download: float = 0.0
+    fits: bool = True
+    mend: str = ""
+    notes: tuple[str, ...] = ()
+
+
+# --- training ---
+
+
+def ceilings(recipe: Mapping[str, Any]) -> Length:
+    """The longest rows that a recipe lets pass."""
+    longest = int(recipe.get("sequence_len") or 2048)
+    if block := recipe.get("on_policy_kl"):
+        new = int(block.get("max_new_tokens") or 512)
+        prompt = max(1, longest - new)
+        trace = int(block.get("trace_max_new_tokens") or 2048) if block.get("context") == "trace" else 0
+        return Length(prompt, new, prompt + trace)
+    return Length(1, longest - 1)
+
+
+def lengths(recipe: dict[str, Any], cache: Path) -> Length:
+    """The longest rows of a recipe's data where it is here, as Axolotl reads it; else what the recipe lets pass."""
+    entries = [entry for entry in recipe.get("datasets") or [] if isinstance(entry, Mapping)]
+    files = [Path(name) for entry in entries for name in _named(entry)]
+    if not files or not all(file.exists() for file in files):
+        return ceilings(recipe)
+    seen = [f"{file} {file.stat().st_mtime_ns}" for file in files]
+    (found,) = aside.ask("rows", [{"recipe": recipe, "seen": seen}], cache)
+    hard = found["hard"]
+    return Length(
+        found["prompt"], found["answer"], found["context"], 1.0 if hard is None else hard, found["rows"], True
+    )
+
+
+def _named(entry: Mapping[str, Any]) -> list[str]:
+    files = entry.get("data_files")
+    return [files] if isinstance(files, str) else list(files) if files else [str(entry.get("path"))]
+
+
+def question(recipe: dict[str, Any], length: Length, gpu: bool) -> Question:
+    """What is to be traced of a recipe whose models are folders with a config.json.
+
+    Raises:
+        LoopError: a model's config is not there.
+    """
+    block, teacher = recipe.get("on_policy_kl") or {}, None
+    if block and block.get("teacher", "self") not in ("self", recipe["base_model"]):
+        teacher = config_at(block["teacher"])
+    rows = int(recipe.get("micro_batch_size") or 1)
+    told = {key: recipe[key] for key in TRACED_KEYS if recipe.get(key) is not None}
+    student = config_at(recipe["base_model"])
+    return Question(told, student, teacher, rows, length.prompt, length.answer, length.context, length.hard, gpu)
+
+
+def config_at(folder: str) -> dict[str, Any]:
+    """A checkpoint's config.json.
+
+    Raises:
+        LoopError: there is none.
+    """
+    config = read_json(Path(folder) / "config.json")
+    if not isinstance(config, dict):
+        raise LoopError(f"{folder}: has no config.json that can be read; name the folder of a checkpoint")
+    return config
+
+
+def training_memory(recipe: Mapping[str, Any], found: Footprint, card: Card, floor: float) -> dict[str, float]:
+    """The parts of a training's peak, bytes; their sum is the peak.
+
+    Args:
+        recipe: its models are folders.
+        found: its footprint.
+        card: the device.
+        floor: what the imports hold, on a CPU.
+    """
+    parts = {"weights": found.weights, "optimizer": found.states, "step": found.peak - found.states - found.weights}
+    if card.gpu:
+        return {"CUDA": CUDA_BYTES, **parts}
+    block = recipe.get("on_policy_kl") or {}
+    teacher = str(block.get("teacher", "self"))
+    loading = found.weights + file_bytes(Path(recipe["base_model"] if teacher == "self" else teacher))
+    training = found.peak + HEAP * found.ragged
+    if loading > training:
+        return {"imports": floor, "weights": found.weights, "the file they are read from": loading - found.weights}
+    return {"imports": floor, **parts, "kept by the heap": HEAP * found.ragged}
+
+
+def file_bytes(folder: Path) -> float:
+    """The weights of a checkpoint on the disk, or what its config says they will be."""
+    there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return there or read_shape(folder).weights_bytes(nf4=False)
+
+
+def mends(recipe: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What makes a training smaller, the mildest first, each on top of those before: as typed, and the recipe then."""
+    now: dict[str, Any] = dict(recipe)
+    block = now.get("on_policy_kl")
+    changes: list[tuple[str, Any]] = []
+    if block:
+        changes += [("on_policy_kl.update_batch_size", 1)] if block.get("update_batch_size") != 1 else []
+        per = int(block.get("rollouts_per_prompt") or 1)
+        changes += [("on_policy_kl.rollout_batch_size", per)] if block.get("rollout_batch_size") != per else []
+        changes += [("on_policy_kl.teacher_load_in_4bit", True)] if block.get("teacher", "self") != "self" else []
+    changes += [("micro_batch_size", 1)] if int(now.get("micro_batch_size") or 1) > 1 else []
+    changes += [("gradient_checkpointing", True)] if not now.get("gradient_checkpointing") else []
+    if now.get("adapter") == "lora":
+        changes.append(("load_in_4bit", True))
+    longest = int(now.get("sequence_len") or 2048)
+    changes += [("sequence_len", longest // cut) for cut in (2, 4, 8)]
+    typed: list[str] = []
+    for key, value in changes:
+        first, _, inner = key.partition(".")
+        now = {**now, first: {**now[first], inner: value} if inner else value}
+        typed = [text for text in typed if not text.startswith(f"{key}=")] + [f"{key}={str(value).lower()}"]
+        yield " ".join(typed), now
+
+
+def mended(recipe: dict[str, Any], length: Length, card: Card, floor: float, cache: Path) -> str:
+    """The fewest changes that make a training fit the device, as they are typed; empty where none do."""
+    for typed, changed in mends(recipe):
+        now = length
+        if not length.measured:
+            try:
+                now = ceilings(changed)
+            except ValueError:
+                continue
+        (found,) = ask([question(changed, now, card.gpu)], cache)
+        if sum(training_memory(changed, found, card, floor).values()) <= card.memory:
+            return typed
+    return ""
+
+
+def training_seconds(recipe: Mapping[str, Any], length: Length, rows: int, speed: Speed) -> tuple[float, float]:
+    """Seconds and tokens of a training on so many rows, at most.
+
+    On-policy steps also write: as many answers at once as the recipe says, each as long as it may be; and their teacher
+    reads, a third of what learning takes.
+    """
+    epochs = float(recipe.get("num_epochs") or 1)
+    micro, accumulated = (int(recipe.get(key) or 1) for key in ("micro_batch_size", "gradient_accumulation_steps"))
+    passes = math.ceil(rows / micro) * epochs
+    if steps := recipe.get("max_steps"):
+        passes = min(passes, int(steps) * accumulated)
+    width, block = length.prompt + length.answer, recipe.get("on_policy_kl")
+    again = 4 / 3 if recipe.get("gradient_checkpointing") else 1.0
+    if not block:
+        depth = 1 + length.hard * length.answer / width if recipe.get("adapter") == "tah" else 1.0
+        return passes * (speed.step + micro * width * speed.token) * again * depth, passes * micro * width
+    rollouts = int(block.get("rollouts_per_prompt") or 1)
+    written = passes * micro * rollouts
+    at_once = int(block.get("rollout_batch_size") or micro * accumulated * rollouts)
+    learning = passes * speed.step + written * width * speed.token
+    reading = (passes * speed.step + written * (length.context + length.answer) * speed.token) / 3
+    decoding = math.ceil(written / at_once) * length.answer * speed.decode
+    return learning * again + reading + decoding, written * (width + length.answer)
+
+
+# --- asking ---
+
+
+def answer_tokens(recipe: Mapping[str, Any], task_tokens: int | None) -> int:
+    """How long an answer may be: the recipe says, or else the task, or lm-eval."""
+    said = recipe.get("gen_kwargs") or {}
+    return next((int(said[key]) for key in BUDGETS if said.get(key)), task_tokens or LM_EVAL_TOKENS)
+
+
+def batch_of(recipe: Mapping[str, Any]) -> int:
+    """Answers at once; one where lm-eval finds out by itself (`auto`), which takes what memory is left."""
+    said = str(recipe.get("batch_size") or 1)
+    return int(said) if said.isdigit() else 1
+
+
+def asking_memory(
+    recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool, card: Card, floor: float
+) -> dict[str, float]:
+    """The parts of the peak of a checkpoint that answers, bytes.
+
+    Args:
+        recipe: lm-eval's.
+        shape: of the checkpoint.
+        tokens: of the longest answer and its prompt.
+        nf4: it answers as an NF4 copy.
+        card: the device.
+        floor: what the imports hold, on a CPU.
+    """
+    arguments = recipe.get("model_args") or {}
+    if recipe.get("model") in ("vllm", "sglang"):
+        return {"reserved": float(arguments.get("gpu_memory_utilization") or 0.9) * card.memory}
+    named = str(arguments.get("dtype") or "auto").removeprefix("torch.")
+    dtype = shape.dtype if named == "auto" else named
+    rows = batch_of(recipe)
+    weights, cache = shape.weights_bytes(nf4, dtype), rows * tokens * shape.kv_bytes(dtype)
+    layer = cache / max(1, shape.cached_layers) * 2  # one layer's lie there twice, and as each query's
+    logits = 3.0 * rows * shape.vocabulary * 4
+    parts = {"weights": weights, "cache": cache + layer, "logits": logits}
+    if card.gpu:
+        return {"CUDA": CUDA_BYTES, **parts}
+    loading = shape.weights_bytes(nf4) if weights > cache + layer + logits else 0.0
+    if loading > cache + layer + logits:
+        return {"imports": floor, "weights": weights, "the file they are read from": loading}
+    return {"imports": floor, **parts}
+
+
+def asking_mend(recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool, card: Card, floor: float) -> str:
+    """What makes a checkpoint that answers fit the device, as it is typed; empty where nothing does."""
+    tries: list[tuple[str, dict[str, Any], int, bool]] = []
+    if not nf4:
+        tries.append(("nf4=true", dict(recipe), tokens, True))
+    if batch_of(recipe) > 1:
+        tries.append(("batch_size=1", {**recipe, "batch_size": 1}, tokens, nf4))
+        tries.append(("nf4=true batch_size=1", {**recipe, "batch_size": 1}, tokens, True))
+    for part in (2, 4, 8, 16):
+        shorter = {**recipe, "batch_size": 1}
+        tries.append((f"nf4=true batch_size=1 gen_kwargs.max_gen_toks={tokens // part}", shorter, tokens // part, True))
+    for typed, changed, length, packed in tries:
+        if sum(asking_memory(changed, shape, length, packed, card, floor).values()) <= card.memory:
+            return typed
+    return ""
+
+
+def asking_seconds(recipe: Mapping[str, Any], asked: Sequence[tuple[int, int]], decode: float) -> tuple[float, float]:
+    """Seconds and tokens of answers as long as they may be; `asked` is (questions, tokens of an answer) a task."""
+    rows = batch_of(recipe)
+    tokens = float(sum(count * length for count, length in asked))
+    return sum(math.ceil(count / rows) * length for count, length in asked) * decode, tokens

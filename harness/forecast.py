@@ -1,0 +1,364 @@
+"""A run's plan as estimates, a line a stage; and afterwards beside what was used.
+
+Knows what of a stage's recipe costs what, and where a run that is done has its records. The arithmetic is `estimate`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness import aside, checks, tasks
+from harness.card import Card
+from harness.config import LoopConfig, read_yaml
+from harness.errors import LoopError
+from harness.estimate import (
+    SHARE_BYTES,
+    Estimate,
+    Speed,
+    answer_tokens,
+    asking_memory,
+    asking_mend,
+    asking_seconds,
+    batch_of,
+    file_bytes,
+    lengths,
+    mended,
+    question,
+    training_memory,
+    training_seconds,
+)
+from harness.files import below, read_json
+from harness.footprint import ask
+from harness.plan import Inputs, Step, plan
+from harness.shape import Shape, read_shape
+from harness.stages import RECIPE, External, Recipe, Stage, placed
+
+GUESSED = 30  # questions of a task whose data is not here
+PROMPT = 512  # tokens that a question is given
+ROLES = {"instruct": "instruct", "thinking": "thinking", "anchor": "thinking"}  # a stage's inputs: which of the pair
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run is planned for.
+
+    Attributes:
+        card: the device.
+        floor: what the tools' imports hold, bytes, on a CPU.
+        given: tokens a second as the user states them, of one answer and of a training; None to look.
+        here: the card is this machine's, and can be timed.
+        cache: keeps what was traced and timed.
+    """
+
+    card: Card
+    floor: float
+    given: tuple[float, float] | None
+    here: bool
+    cache: Path
+
+    def speed(self, config: dict[str, Any], nf4: bool, dtype: str, batch: int) -> Speed | None:
+        """Seconds of a checkpoint, stated or timed; None where nobody knows."""
+        if self.given:
+            decode, train = self.given
+            return Speed(0.0, 1 / train, 1 / decode)
+        if not self.here:
+            return None
+        asked = {"config": config, "nf4": nf4, "dtype": dtype, "batch": batch, "device": self.card.name}
+        (found,) = aside.ask("calibrate", [asked], self.cache)
+        return Speed(**found)
+
+
+class Pair(NamedTuple):
+    """The checkpoints' folders, of which only the configs need be there."""
+
+    instruct: Path
+    thinking: Path
+
+    @property
+    def shape(self) -> Shape:
+        """Of both."""
+        return read_shape(self.thinking)
+
+
+def device(card: Card, here: bool, given: tuple[float, float] | None, cache: Path) -> Device:
+    """A device with its floor, which is seen once."""
+    floor = 0.0 if card.gpu else float(aside.ask("floor", [{}], cache)[0]["bytes"])
+    return Device(card, floor, given, here, cache)
+
+
+def of_run(config: LoopConfig, recipes: Mapping[str, Recipe], on: Device, out: Path) -> list[Estimate]:
+    """A line for each stage of the run, however often it is done.
+
+    Raises:
+        LoopError: with the first thing that cannot be planned.
+    """
+    pair = Pair(*(checks.described_checkpoint(getattr(config, role), role) for role in ("instruct", "thinking")))
+    asked = [*config.prompt_tasks, *config.tasks]
+    found = tasks.find(asked, config.include_path, out / "stages" / ".tasks.json")
+    prompts = checks.checked_prompts(config.own_prompts) if config.own_prompts else None
+    sides = [[task for name in names for task in found[name]] for names in (config.prompt_tasks, config.tasks)]
+    instruct, thinking = (External(str(folder), "") for folder in pair)
+    tah = frozenset(role for role, folder in zip(Pair._fields, pair, strict=True) if checks.is_tah(folder))
+    inputs = Inputs(recipes, instruct, thinking, tah, sides[0], sides[1], prompts, lambda key, text: None)
+    steps = plan(config, inputs, config.iterations)
+    by_name: dict[str, list[Step]] = {}
+    for step in steps:
+        by_name.setdefault(step.name, []).append(step)
+    counts = questions(config, [task.name for side in sides for task in side], prompts, on.cache)
+    means = mean_answers(out / config.name / "results.json")
+    learnt = sum(counts[task.name].questions for task in sides[0])
+    lines = []
+    for name, like in by_name.items():
+        stage = like[0].stage
+        recipe = placed(stage.recipes[RECIPE], paths(stage, pair))
+        iterations = tuple(step.iteration for step in like)
+        if stage.kind.name == "distill":
+            lines.append(training(name, recipe, iterations, on, learnt))
+        elif stage.kind.name == "reconstruct":
+            lines.append(merging(name, recipe, iterations, pair, on))
+        else:
+            who = like[0].checkpoint or "thinking"
+            of_tasks = [counts[task] for task in stage.tasks]
+            lines.append(asking(name, recipe, iterations, pair, config.nf4, of_tasks, means.get(who), on))
+    return lines
+
+
+class Questions(NamedTuple):
+    """Of one task: how many, how long an answer may be as the task says, and whether anybody counted."""
+
+    questions: int
+    tokens: int | None
+    counted: bool
+
+
+def questions(
+    config: LoopConfig, names: Sequence[str], prompts: Sequence[Any] | None, cache: Path
+) -> dict[str, Questions]:
+    """What is known of each task's questions; a task whose data is not here is taken for `GUESSED`."""
+    include = str(config.include_path) if config.include_path else None
+    told = aside.ask(
+        "questions", [{"task": name, "include_path": include, "cwd": str(Path.cwd())} for name in names], cache
+    )
+    found = {}
+    for name, one in zip(names, told, strict=True):
+        count = len(prompts) if prompts is not None and name == "prompts_file" else one["questions"]
+        some = GUESSED if count is None else int(count)
+        found[name] = Questions(min(some, config.limit or some), one["tokens"], count is not None)
+    return found
+
+
+def mean_answers(results: Path) -> dict[str, float]:
+    """Tokens of an answer of each checkpoint in the run's own results, where it has some."""
+    rows = (read_json(results) or {}).get("rows", [])
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["checkpoint"], []).append(row["tokens_per_answer"])
+    return {who: sum(values) / len(values) for who, values in found.items()}
+
+
+def paths(stage: Stage, pair: Pair) -> dict[str, str]:
+    """Where what a stage reads lies; of a checkpoint still to be made, one of its shape."""
+    found = {name: source.path for name, source in stage.inputs.items() if isinstance(source, External)}
+    return {**found, **{name: str(getattr(pair, role)) for name, role in ROLES.items() if name in stage.inputs}}
+
+
+def training(
+    name: str, recipe: dict[str, Any], iterations: tuple[int, ...], on: Device, rows: int | None = None
+) -> Estimate:
+    """Of a training recipe of Axolotl's whose models are folders.
+
+    Args:
+        name: of the step, for what is typed to mend it.
+        recipe: resolved.
+        iterations: in which it is done.
+        on: the device.
+        rows: how many rows it will have, where its data is not here yet.
+    """
+    recipe = {**recipe, **{key: str(local(recipe[key])) for key in ("base_model",)}}
+    if (block := recipe.get("on_policy_kl")) and block.get("teacher", "self") != "self":
+        recipe["on_policy_kl"] = {**block, "teacher": str(local(block["teacher"]))}
+    length = lengths(recipe, on.cache)
+    (found,) = ask([question(recipe, length, on.card.gpu)], on.cache)
+    parts = training_memory(recipe, found, on.card, on.floor)
+    memory = sum(parts.values())
+    fits = memory <= on.card.memory
+    mend = "" if fits else mended(recipe, length, on.card, on.floor, on.cache)
+    longest = length.prompt + length.answer
+    how = "its longest row" if length.measured else "the recipe's longest, so at most"
+    notes = [f"rows of {longest:,} tokens ({how})"]
+    if length.context:
+        notes.append(f"the teacher reads {length.context + length.answer:,}")
+    count = length.rows or rows
+    config = read_json(Path(recipe["base_model"]) / "config.json")
+    dtype = "bfloat16" if recipe.get("bf16") not in (None, False) else "float32"
+    batch = int((recipe.get("on_policy_kl") or {}).get("rollout_batch_size") or 1)
+    speed = on.speed(config, bool(recipe.get("load_in_4bit")), dtype, batch) if count else None
+    seconds = tokens = None
+    if count:
+        took, tokens = training_seconds(recipe, length, count, speed or Speed(0, 0, 0))
+        seconds = took * len(iterations) if speed else None
+        tokens *= len(iterations)
+    merged = file_bytes(Path(recipe["base_model"]))
+    adapter = found.trained * 4 if recipe.get("adapter") in ("lora", "qlora") else 0
+    leaves = (merged + adapter) * len(iterations)
+    kept = 0.0 if recipe.get("save_strategy") == "no" else merged if not adapter else adapter * 3
+    return Estimate(
+        name, "instruct learns", iterations, memory, parts, tokens, seconds, leaves, kept,
+        fits=fits, mend=typed(name, mend), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def typed(name: str, mend: str) -> str:
+    """A change of a step's recipe as the command line takes it."""
+    whose = {"evaluate_instruct": "evaluate", "evaluate_thinking": "evaluate", "": ""}.get(name, name)
+    words = (word if word.startswith("nf4=") or not whose else f"{whose}.{word}" for word in mend.split())
+    return " ".join(f"--set {word}" for word in words)
+
+
+def merging(name: str, recipe: dict[str, Any], iterations: tuple[int, ...], pair: Pair, on: Device) -> Estimate:
+    """Of a reconstruction, which runs on the CPU, a shard at a time."""
+    shape, dtype = pair.shape, str(recipe.get("dtype") or pair.shape.dtype)
+    merged = shape.weights_bytes(False, dtype)
+    memory = on.floor + 3 * min(merged, SHARE_BYTES)
+    notes = ("main memory, not the GPU's",) if on.card.gpu else ()
+    return Estimate(name, "thinking is rebuilt", iterations, memory, leaves=merged * len(iterations), notes=notes)
+
+
+def asking(
+    name: str,
+    recipe: dict[str, Any],
+    iterations: tuple[int, ...],
+    pair: Pair,
+    nf4: bool,
+    asked: Sequence[Questions],
+    mean: float | None,
+    on: Device,
+) -> Estimate:
+    """Of a checkpoint that answers prompts or questions."""
+    shape = pair.shape
+    budgets = [(one.questions, answer_tokens(recipe, one.tokens)) for one in asked]
+    longest = max((tokens for _, tokens in budgets), default=0)
+    width = longest + PROMPT
+    parts = asking_memory(recipe, shape, width, nf4, on.card, on.floor)
+    memory = sum(parts.values())
+    fits = memory <= on.card.memory
+    mend = "" if fits else asking_mend(recipe, shape, longest, nf4, on.card, on.floor)
+    named = str((recipe.get("model_args") or {}).get("dtype") or "auto")
+    dtype = shape.dtype if named == "auto" else named
+    config = read_json(pair.thinking / "config.json")
+    speed = on.speed(config, nf4, dtype, batch_of(recipe))
+    seconds, tokens = asking_seconds(recipe, budgets, speed.decode if speed else 0.0)
+    notes = [f"{sum(count for count, _ in budgets):,} questions of at most {longest:,} tokens"]
+    if not all(one.counted for one in asked):
+        notes.append(f"{GUESSED} a task where its data is not here")
+    if mean:
+        share = min(1.0, mean * sum(count for count, _ in budgets) / tokens) if tokens else 1.0
+        notes.append(f"the last run's answers had {mean:,.0f} tokens: {share:.0%} of that")
+    title = "thinking answers the prompts" if name == "generate" else "is tested"
+    return Estimate(
+        name, title, iterations, memory, parts, tokens * len(iterations),
+        seconds * len(iterations) if speed else None, beside=shape.weights_bytes(True) if nf4 else 0.0,
+        fits=fits, mend=typed(name, mend), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def local(name: str) -> Path:
+    """The folder of a model that a recipe names, of the hub its config alone."""
+    return checks.described_checkpoint(name, "base_model")
+
+
+def downloads(config: LoopConfig) -> float:
+    """Bytes of weights still to be fetched."""
+    total = 0.0
+    for role in ("instruct", "thinking"):
+        name = getattr(config, role)
+        if not Path(name).is_dir():
+            folder = checks.described_checkpoint(name, role)
+            if not list(folder.glob("*.safetensors")):
+                total += read_shape(folder).weights_bytes(False)
+    return total
+
+
+# --- afterwards ---
+
+
+class Compared(NamedTuple):
+    """One stage of a run that is done: what is predicted of it and what it used.
+
+    Attributes:
+        iteration: of the step.
+        name: of the step.
+        memory: bytes, predicted and used.
+        seconds: the same; None where nobody predicts.
+        disk: bytes, the same.
+    """
+
+    iteration: int
+    name: str
+    memory: tuple[float, float]
+    seconds: tuple[float | None, float]
+    disk: tuple[float, float]
+
+
+def compared(out: Path, name: str, on: Device) -> list[Compared]:
+    """Prediction beside use for every stage of a run that is done, its rows as long as they were.
+
+    Raises:
+        LoopError: there is no such run.
+    """
+    noted = read_json(out / name / "run.json")
+    if not isinstance(noted, dict) or "steps" not in noted:
+        raise LoopError(f"--compare {name}: no such run in {out}; see ts-loop status")
+    asked = noted["asked"]
+    pair = Pair(*(checks.described_checkpoint(asked[role], role) for role in ("instruct", "thinking")))
+    found = []
+    for step in noted["steps"]:
+        folder = out / "stages" / step["key"]
+        record = read_json(folder / "stage.json")
+        if not record:
+            continue
+        guess = _again(step["name"], read_yaml(folder / RECIPE), pair, bool(asked.get("nf4")), on, record)
+        used = (
+            record["peak_gpu_memory_mb"] if on.card.gpu and record["peak_gpu_memory_mb"] else record["peak_memory_mb"]
+        )
+        size = float(sum(file.stat().st_size for file in below(folder)))
+        found.append(
+            Compared(
+                step["iteration"],
+                step["name"],
+                (guess.memory, used * 2**20),
+                (guess.seconds, record["body_s"]),
+                (guess.leaves, size),
+            )
+        )
+    return found
+
+
+def _again(name: str, recipe: dict[str, Any], pair: Pair, nf4: bool, on: Device, record: Mapping[str, Any]) -> Estimate:
+    """The estimate of a stage that is done, from the recipe it was done with."""
+    kind = record["kind"]
+    if kind == "distill":
+        changed = {**recipe, "base_model": str(pair.instruct)}
+        block = recipe.get("on_policy_kl") or {}
+        if block.get("teacher", "self") != "self":
+            changed["on_policy_kl"] = {**block, "teacher": str(pair.thinking)}
+        return training(name, changed, (0,), on)
+    if kind == "reconstruct":
+        return merging(name, recipe, (0,), pair, on)
+    limit = recipe.get("limit")
+    told = aside.ask(
+        "questions",
+        [
+            {"task": task, "include_path": recipe.get("include_path"), "cwd": str(Path.cwd())}
+            for task in recipe["tasks"]
+        ],
+        on.cache,
+    )
+    asked = [
+        Questions(min(one["questions"] or GUESSED, limit or 10**9), one["tokens"], one["questions"] is not None)
+        for one in told
+    ]
+    return asking(name, recipe, (0,), pair, nf4, asked, None, on)
