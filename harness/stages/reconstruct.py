@@ -15,6 +15,9 @@ CHECKPOINT = "thinking"
 TOOLS = ("mergekit", "torch", "transformers")
 PHASES = {"Warmup": "models read", "Executing": "steps of the merge"}
 HAS_T = ("slerp",)
+SHARD = (
+    "1B"  # weights in a file; mergekit holds one whole before it writes it, and its own 5B hold all of a 4B checkpoint
+)
 
 
 def build(
@@ -51,7 +54,7 @@ def build(
             what = "a t of its own for each part" if recipe.get("merge_method") in HAS_T else "no t"
             raise LoopError(f"--t {t:g}: the reconstruct recipe has {what}; change it there, or leave --t (and t:) out")
         resolved["parameters"] = {**(resolved.get("parameters") or {}), "t": t}
-    command = ("mergekit-yaml", f"{OWN}/{RECIPE}", f"{OWN}/{CHECKPOINT}")
+    command = ("mergekit-yaml", f"{OWN}/{RECIPE}", f"{OWN}/{CHECKPOINT}", "--out-shard-size", SHARD)
     return Stage(KIND, {RECIPE: resolved}, (command,), {"anchor": anchor, "instruct": instruct}, device="cpu")
 
 

@@ -587,7 +587,9 @@ def test_reconstruct_puts_the_anchor_where_the_base_is_and_instruct_where_the_ot
         "models": [{"model": "<<anchor>>"}, {"model": "<<instruct>>"}],
     }
     stage = reconstruct.build(SLERP, None, THINKING, INSTRUCT)
-    assert stage.commands == (("mergekit-yaml", "<<stage>>/recipe.yml", "<<stage>>/thinking"),)
+    assert stage.commands == (
+        ("mergekit-yaml", "<<stage>>/recipe.yml", "<<stage>>/thinking", "--out-shard-size", "1B"),
+    )
     assert stage.kind.checkpoint == "thinking"
     assert stage.device == "cpu"
 
