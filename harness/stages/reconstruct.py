@@ -15,9 +15,8 @@ CHECKPOINT = "thinking"
 TOOLS = ("mergekit", "torch", "transformers")
 PHASES = {"Warmup": "models read", "Executing": "steps of the merge"}
 HAS_T = ("slerp",)
-SHARD = (
-    "1B"  # weights in a file; mergekit holds one whole before it writes it, and its own 5B hold all of a 4B checkpoint
-)
+# Weights in a file: mergekit holds one whole before it writes it, and its own 5B are all of a 4B checkpoint.
+SHARD = "1B"
 
 
 def build(
