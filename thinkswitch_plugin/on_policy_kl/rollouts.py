@@ -7,13 +7,15 @@ reads (`scoring`), the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import requests
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -77,22 +79,54 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     return [end for end in dict.fromkeys(ends) if end is not None]
 
 
-@contextmanager
-def answering(model: nn.Module) -> Iterator[None]:
-    """A model as it answers: dropout off, cache allowed; afterwards as it was.
+def put_to_answer(model: nn.Module) -> None:
+    """Dropout off, cache allowed.
 
     Layers in NF4 stay in training mode, which means nothing else to them: on some CPUs (AVX512-BF16) bitsandbytes 0.50
     packs such a layer anew the first time it runs in evaluation mode, for good, and backward then reads it wrongly.
     """
-    training = model.training
     model.eval()
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.train()
+
+
+@contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """A model as it answers; afterwards as it was."""
+    training = model.training
+    put_to_answer(model)
     try:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """A float32 LoRA student on a CPU with its adapter added to the weights, to decode faster; afterwards as it was.
+
+    The same policy up to float32's rounding. Weights in less are left alone: rounded to bfloat16 or NF4, the sum would
+    be another policy's. So are an accelerator's: for a while there are two copies of the layers.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    fits = all(
+        type(layer) is lora.Linear
+        and (layer.weight.dtype, layer.weight.device.type) == (torch.float32, "cpu")
+        and not (layer.lora_variant or layer.merged or layer.disable_adapters)
+        for layer in layers
+    )
+    own = [layer.weight.data for layer in layers] if fits else []
+    for layer, weight in zip(layers, own, strict=False):
+        delta: Callable[[str], Tensor] = layer.get_delta_weight  # type: ignore[assignment]
+        layer.weight.data = sum(map(delta, layer.active_adapters), start=weight)
+        layer.merged_adapters.extend(layer.active_adapters)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, own, strict=False):
+            layer.weight.data = weight
+            layer.merged_adapters.clear()
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -105,15 +139,18 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
 
 def sequences(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int) -> Sequences:
     """Lay prompts and their answers side by side, padded on the right, on the CPU."""
-    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    attention, places = torch.zeros_like(ids), list[Tensor]()
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor([*prompt, *answer])
-        attention[row, :end] = 1
-        places.append(torch.arange(row * width + len(prompt), row * width + end))
-    return Sequences(ids, attention, torch.cat(places))
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(map(len, rows))
+    places = [
+        row * width + at
+        for row, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))
+        for at in range(len(prompt), len(ids))
+    ]
+    return Sequences(
+        torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows]),
+        (torch.arange(width) < torch.tensor([[len(ids)] for ids in rows])).long(),
+        torch.tensor(places, dtype=torch.int64),
+    )
 
 
 @torch.inference_mode()
@@ -146,8 +183,11 @@ def sample(
     model: PreTrainedModel, prompts: Sequence[list[int]], config: OnPolicyKLConfig, ends: list[int], pad: int
 ) -> list[Rollout]:
     """Let the student answer each prompt `rollouts_per_prompt` times; rollouts of one prompt are neighbours."""
-    drawn = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, "min_p": 0.0}
-    # `generate` fills what is left out from the checkpoint's own generation config, which is made for other ends.
+    drawn = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    # `generate` fills what is left out from the checkpoint's own generation config, which is made for other ends. A
+    # `min_p` of zero sorts the vocabulary at every token and takes nothing away, so it is not said without need.
+    if getattr(model.generation_config, "min_p", None) is not None:
+        drawn["min_p"] = 0.0
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=config.temperature > 0,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from thinkswitch_plugin.nf4 import nf4
 from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
-from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, end_tokens, generate
+from thinkswitch_plugin.on_policy_kl.rollouts import Sequences, answering, end_tokens, generate, put_to_answer
 from thinkswitch_plugin.scaling import OF_LOGITS, scaled
 from thinkswitch_plugin.trace_stripping.trace import TagPairs, template_opens_trace, trace_end
 
@@ -64,11 +64,12 @@ def answer_states(model: nn.Module, bare: PreTrainedModel, batch: Sequences) -> 
     # The wrapper has to be called, and it ends in logits; the decoder's output is taken on the way.
     hook = bare.get_decoder().register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state))
     try:
-        model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=1)
+        model(input_ids=batch.input_ids[:, :-1], use_cache=False, logits_to_keep=1)  # the last predicts nothing
     finally:
         hook.remove()
     (states,) = seen
-    return states.flatten(0, 1)[batch.places - 1]
+    rows = batch.places // batch.input_ids.shape[1]  # each is a token shorter now
+    return states.flatten(0, 1)[batch.places - rows - 1]
 
 
 class Teacher:
@@ -101,13 +102,14 @@ class Teacher:
             quantization_config=nf4(dtype) if config.teacher_load_in_4bit else None,
             use_safetensors=True,
         )
-        self.model.requires_grad_(False).eval()
+        put_to_answer(self.model.requires_grad_(False))  # for good
         self.tokenizer = AutoTokenizer.from_pretrained(config.teacher)
 
     @contextmanager
     def _awake(self) -> Iterator[PreTrainedModel]:
         """The teacher's model as it is to be called: adapter and dropout off, no gradient."""
-        with torch.no_grad(), self._off(), answering(self.model):
+        borrowed = self.config.teacher == SELF
+        with torch.no_grad(), self._off(), answering(self.model) if borrowed else nullcontext():
             yield self.model
 
     @property

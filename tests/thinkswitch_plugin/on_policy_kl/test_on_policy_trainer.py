@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
-from thinkswitch_plugin.on_policy_kl.trainer import cut, of
+from thinkswitch_plugin.on_policy_kl.trainer import Prompts, cut, of
 
 QUESTIONS = ["Compute 24+26.", "Compute 1+24+26-13.", "Compute 31-10+20-11."]
 KINDS: list[dict[str, Any]] = [
@@ -210,7 +210,7 @@ def test_a_step_s_loss_and_gradients_are_the_same_however_it_is_cut(
         block = {"update_batch_size": size, "rollouts_per_prompt": 4, "temperature": 3.0, "divergence": "jsd"}
         trainer = build(rows, block, optim="sgd", per_device_train_batch_size=1, gradient_accumulation_steps=2)
         prompts = [{key: values[part] for key, values in rows.items()} for part in (slice(0, 2), slice(2, 3))]
-        batches, count = trainer.get_batch_samples(iter(prompts), 2, torch.device("cpu"))
+        batches, count = trainer.get_batch_samples(map(Prompts, prompts), 2, torch.device("cpu"))
         assert sum(len(part["input_ids"]) for batch in batches for part in cut(batch, size)) == 12
         assert all(len(part["input_ids"]) <= (size or 12) for batch in batches for part in cut(batch, size))
         trainer.create_optimizer()
@@ -304,7 +304,7 @@ def test_two_ranks_mean_gradient_is_that_of_one_process(
                 trainer.accelerator, "gather", lambda local: torch.stack([local, torch.tensor(elsewhere)])
             )
         trainer.model.zero_grad()
-        batches, count = trainer.get_batch_samples(iter([prompts]), 1, torch.device("cpu"))
+        batches, count = trainer.get_batch_samples(iter([Prompts(prompts)]), 1, torch.device("cpu"))
         for batch in batches:
             losses[len(which)] = float(trainer.training_step(trainer.model, batch, count))
         local = sum(len(batch["places"]) for batch in batches)

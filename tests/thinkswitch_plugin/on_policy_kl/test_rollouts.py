@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
-from thinkswitch_plugin.on_policy_kl.rollouts import end_tokens, from_server, left_padded, sample, sequences
+from thinkswitch_plugin.on_policy_kl.rollouts import end_tokens, from_server, left_padded, merged, sample, sequences
 
 
 def prompt(tokenizer: Any, question: str) -> list[int]:
@@ -34,6 +36,40 @@ def test_a_batch_of_mixed_lengths_answers_as_each_prompt_alone(pair: Any, tokeni
         assert rollout.prompt == ids
         assert rollout.truncated == (rollout.answer[-1] not in ends)
     assert not together[0].truncated
+
+
+def test_a_merged_student_is_the_same_policy_and_comes_back_bit_by_bit(pair: Any, tokenizer: Any) -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5, use_rslora=True)
+    model = get_peft_model(copy.deepcopy(pair["instruct"]), config).eval()
+    ids = torch.tensor([prompt(tokenizer, "Compute 24+26.")])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert (expected - pair["instruct"](ids).logits).abs().max() > 0.1  # an adapter that does something
+        with merged(model):
+            products: list[Any] = []
+            hooks = [layer.register_forward_hook(lambda *_: products.append(1)) for layer in lora_parts(model)]
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+            assert not products
+        assert torch.equal(model(ids).logits, expected)
+    assert products
+    assert len(hooks) == 2 * 28
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"use_dora": True}])
+def test_what_would_be_another_policy_is_not_merged(pair: Any, change: dict[str, Any]) -> None:
+    base = copy.deepcopy(pair["instruct"]).to(change.pop("dtype", torch.float32))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **change))
+    own = [p.data_ptr() for p in model.parameters()]
+    with merged(model):
+        assert [p.data_ptr() for p in model.parameters()] == own
+
+
+def lora_parts(model: Any) -> list[Any]:
+    """The layers A and B of a model's adapters."""
+    return [part for name, part in model.named_modules() if name.endswith(("lora_A.default", "lora_B.default"))]
 
 
 def test_several_rollouts_of_a_prompt_are_neighbours_and_differ(pair: Any, tokenizer: Any) -> None:

@@ -76,7 +76,7 @@ def test_the_teacher_scores_in_parts_of_their_own_width(
     hook = student.get_decoder().register_forward_hook(lambda _, __, out: widths.append(out[0].shape[1]))
     states = teacher.states(batch)
     hook.remove()
-    assert widths == {1: [9, 10, 9], 40: [10], 10_000: [10]}[at_once]
+    assert widths == {1: [8, 9, 8], 40: [9], 10_000: [9]}[at_once]
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
 
