@@ -37,7 +37,7 @@ class Reference:
     def ask(self, **job: Any) -> dict[str, Tensor]:
         """Run one job of `tah_reference.py`."""
         file, result = self.scratch / "job.json", self.scratch / "result.safetensors"
-        file.write_text(json.dumps({"changes": {}, **job, "result": str(result)}))
+        file.write_text(json.dumps({"changes": {}, "device": "cpu", **job, "result": str(result)}))
         environment = {**os.environ, "PYTHONPATH": str(self.source), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [self.python, str(HERE / "tah_reference.py"), str(file)], env=environment, capture_output=True, text=True

@@ -133,8 +133,8 @@ def decode(job: dict[str, Any]) -> None:
     from tah.model.utils import TaHForCasualLM_generate
 
     torch.set_num_threads(job["threads"])
-    model = build(Path(job["checkpoint"]), **job["changes"]).eval()
-    ids = load_file(job["inputs"])["input_ids"]
+    model = build(Path(job["checkpoint"]), **job["changes"]).eval().to(job["device"])
+    ids = load_file(job["inputs"])["input_ids"].to(job["device"])
     tokenizer = SimpleNamespace(eos_token_id=None, decode=lambda _: "")
     seconds = []
     for _ in range(job["runs"] + 1):
@@ -148,15 +148,22 @@ def decode(job: dict[str, Any]) -> None:
                 do_sample=False,
                 verbose=False,
             )
+        wait(job)
         seconds.append(time.perf_counter() - begun)
     save_file({"tokens": torch.tensor(tokens), "seconds": torch.tensor(seconds[1:])}, job["result"])
+
+
+def wait(job: dict[str, Any]) -> None:
+    """A card computes on when Python goes on: a time is taken when it is done."""
+    if job["device"] != "cpu":
+        torch.cuda.synchronize()
 
 
 def step(job: dict[str, Any]) -> None:
     """Forward and backward of stage 1: seconds of each run."""
     torch.set_num_threads(job["threads"])
-    model = build(Path(job["checkpoint"]), **job["changes"]).train()
-    given = load_file(job["inputs"])
+    model = build(Path(job["checkpoint"]), **job["changes"]).train().to(job["device"])
+    given = {name: value.to(job["device"]) for name, value in load_file(job["inputs"]).items()}
     seconds = []
     for _ in range(job["runs"] + 1):
         begun = time.perf_counter()
@@ -167,8 +174,9 @@ def step(job: dict[str, Any]) -> None:
             iter_count_labels=given["target_depth"],
         )
         out.loss.backward()
+        wait(job)
         seconds.append(time.perf_counter() - begun)
-        loss = out.loss.detach()
+        loss = out.loss.detach().cpu()
         del out
         model.zero_grad()
     save_file({"seconds": torch.tensor(seconds[1:]), "loss": loss}, job["result"])

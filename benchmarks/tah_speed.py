@@ -6,8 +6,8 @@ On the same weights and machine, in one run, each side's best of several: greedy
 128 at batch 1 and 8 and on one of Qwen3-0.6B's shape, with a threshold at which about 6 % of tokens continue; a
 training step of stage 1 on two layers with Qwen3-0.6B's width and vocabulary; and the cost of a token against the share
 of tokens that continue, as a plot (docs/tah_cost.svg), there the median over rounds in which all take turns. All
-float32 on a CPU. Ends with one line of JSON: `speedup` is our tokens a second over the reference's, `over_…` our time
-over another's.
+float32, on a CPU or by `--device cuda:0` on a card, where a time is taken when the card is done. Ends with one line of
+JSON: `speedup` is our tokens a second over the reference's, `over_…` our time over another's.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def seconds(run: Callable[[], Any]) -> float:
     """How long it takes."""
     begun = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
@@ -94,17 +96,25 @@ def at_share(model: TaHForCausalLM, ids: Tensor, tokens: int, share: float) -> f
 def plain_of(model: TaHForCausalLM) -> Any:
     """A backbone of the same shape by itself; its answers do not matter."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config), attn_implementation="sdpa").eval()
+    config = copy.deepcopy(model.config.text_config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().to(model.device)
 
 
 @torch.no_grad()
 def decoding(
-    reference: Reference | None, scratch: Path, batch: int, tokens: int, runs: int, shape: dict[str, Any], tah: Any
+    reference: Reference | None,
+    scratch: Path,
+    batch: int,
+    tokens: int,
+    runs: int,
+    shape: dict[str, Any],
+    tah: Any,
+    device: str,
 ) -> dict[str, float]:
     """Tokens a second at 6 %, ours over theirs, and our time over the plain backbone's."""
     folder = scratch / "decode"
-    model = random_checkpoint(folder, shape=shape, **tah)
-    ids = torch.randint(1, model.config.text_config.vocab_size, (batch, PROMPT_TOKENS))
+    model = random_checkpoint(folder, shape=shape, **tah).to(device)
+    ids = torch.randint(1, model.config.text_config.vocab_size, (batch, PROMPT_TOKENS)).to(device)
     share = at_share(model, ids, tokens, 0.06)
     plain = plain_of(model)
     found = {"share": round(share, 4)}
@@ -114,7 +124,7 @@ def decoding(
     found["over_backbone"] = round(ours / backbone, 3)
     if reference:
         inputs = scratch / "ids.safetensors"
-        save_file({"input_ids": ids}, inputs)
+        save_file({"input_ids": ids.cpu()}, inputs)
         their = reference.ask(
             do="decode",
             checkpoint=str(folder),
@@ -123,18 +133,19 @@ def decoding(
             runs=runs,
             threads=torch.get_num_threads(),
             changes={"threshold": model.config.threshold},
+            device=device,
         )
-        found["same_tokens"] = round(float((their["tokens"] == greedy(model, ids, tokens)).float().mean()), 4)
+        found["same_tokens"] = round(float((their["tokens"] == greedy(model, ids, tokens).cpu()).float().mean()), 4)
         found["speedup"] = round(float(their["seconds"].min()) / ours, 3)
     return found
 
 
-def training_step(reference: Reference, scratch: Path, runs: int) -> dict[str, float]:
+def training_step(reference: Reference, scratch: Path, runs: int, device: str) -> dict[str, float]:
     """Forward and backward of stage 1: our time over theirs, at 6 % hard tokens of 2 × 256, half of them a prompt."""
     folder = scratch / "step"
     model = random_checkpoint(
         folder, shape={**BIG, "num_hidden_layers": 2}, lora_r=16, decider="oracle", decider_layers=[], decider_hidden=[]
-    )
+    ).to(device)
     ids = torch.randint(1, BIG["vocab_size"], (2, 256))
     labels = ids.clone()
     labels[:, :128] = -100
@@ -144,8 +155,9 @@ def training_step(reference: Reference, scratch: Path, runs: int) -> dict[str, f
     inputs = scratch / "step.safetensors"
     save_file(given, inputs)
     their = reference.ask(
-        do="step", checkpoint=str(folder), inputs=str(inputs), runs=runs, threads=torch.get_num_threads()
+        do="step", checkpoint=str(folder), inputs=str(inputs), runs=runs, threads=torch.get_num_threads(), device=device
     )
+    given = {name: value.to(device) for name, value in given.items()}
     model.train()
     losses = []
 
@@ -170,17 +182,17 @@ class Every:
 
     def __call__(self, decider: Any, given: Any, odds: Tensor) -> Tensor:
         """Log-odds of +-100 instead of `odds`, [N]."""
-        until = ((self.seen + torch.arange(len(odds) + 1)) * self.share).round().long()
+        until = ((self.seen + torch.arange(len(odds) + 1, device=odds.device)) * self.share).round().long()
         self.seen, self.sent = self.seen + len(odds), int(until[-1])
         return (until.diff() * 200.0 - 100.0).to(odds)
 
 
 @torch.no_grad()
-def cost_by_share(scratch: Path, tokens: int, runs: int) -> dict[str, list[float]]:
+def cost_by_share(scratch: Path, tokens: int, runs: int, device: str) -> dict[str, list[float]]:
     """Our time over the backbone's at batch 1, by the share of tokens that continue, and the plot."""
-    model = random_checkpoint(scratch / "cost", shape=BIG, **BIG_TAH)
+    model = random_checkpoint(scratch / "cost", shape=BIG, **BIG_TAH).to(device)
     plain = plain_of(model)
-    ids = torch.randint(1, BIG["vocab_size"], (1, PROMPT_TOKENS))
+    ids = torch.randint(1, BIG["vocab_size"], (1, PROMPT_TOKENS)).to(device)
     assert model.decider is not None
     rounds, shares = [], list(SHARES)
     for _ in range(runs + 1):
@@ -198,7 +210,8 @@ def cost_by_share(scratch: Path, tokens: int, runs: int) -> dict[str, list[float
         "share": [round(share, 3) for share in shares],
         "over_backbone": [round(median(column), 3) for column in zip(*ratios, strict=True)],
     }
-    draw(found)
+    if device == "cpu":
+        draw(found)  # the plot in docs/ is the CPU's
     return found
 
 
@@ -226,21 +239,24 @@ def main() -> None:
     parser.add_argument("--reference-source", required=True, type=Path)
     parser.add_argument("--only", default="decode,step,big,cost")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
-    found: dict[str, Any] = {"threads": torch.get_num_threads()}
+    on = asked.device
+    name_of = torch.cuda.get_device_name(on) if on != "cpu" else "cpu"
+    found: dict[str, Any] = {"device": name_of, "threads": torch.get_num_threads()}
     torch.manual_seed(1)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         reference = Reference(asked.reference_python, asked.reference_source, scratch)
         if "decode" in asked.only:
             for batch in (1, 8):
-                found[f"decode_batch_{batch}"] = decoding(reference, scratch, batch, 200, asked.runs, {}, SMALL)
+                found[f"decode_batch_{batch}"] = decoding(reference, scratch, batch, 200, asked.runs, {}, SMALL, on)
         if "step" in asked.only:
-            found["training_step"] = training_step(reference, scratch, asked.runs)
+            found["training_step"] = training_step(reference, scratch, asked.runs, on)
         if "big" in asked.only:
-            found["decode_0.6b"] = decoding(reference, scratch, 1, 64, 2, BIG, BIG_TAH)
+            found["decode_0.6b"] = decoding(reference, scratch, 1, 64, 2, BIG, BIG_TAH, on)
         if "cost" in asked.only:
-            found["cost_by_share"] = cost_by_share(scratch, 34, 5)
+            found["cost_by_share"] = cost_by_share(scratch, 34, 5, on)
     print(json.dumps(found))
 
 
