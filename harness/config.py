@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -22,6 +22,7 @@ from harness.errors import LoopError
 from harness.stages import Recipe
 from thinkswitch_plugin.prompts import FILES, is_source
 
+ARMS = ("thinkswitch", "on_policy", "merge_only", "gold", "untouched")
 OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whose option has another name
 LAUNCHERS = ("python", "accelerate", "torchrun")
 NOTHING: Mapping[Path, str] = {}
@@ -64,7 +65,9 @@ class LoopConfig(BaseModel):
     answers prompts and questions with the checkpoints' linear layers in NF4, where bfloat16 does not fit the GPU.
     `jobs` is how many stages may run side by side where there is no GPU; where there are, one runs on each. `launcher`
     is Axolotl's, with what it is given (`torchrun --nproc_per_node=2`); other than `python` it gets all GPUs. `limit`
-    asks only so many questions and prompts a task. `python` names the interpreter of another environment whose lm-eval
+    asks only so many questions and prompts a task. `arms` are baselines that are run beside it (`plan` says which);
+    `gold` is a .jsonl of conversations with right answers, which only the arm of that name reads. `seeds` runs all of
+    it once with each. `python` names the interpreter of another environment whose lm-eval
     runs a recipe (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own.
     """
 
@@ -80,7 +83,10 @@ class LoopConfig(BaseModel):
     t: float | None = Field(default=None, ge=0.0, le=1.0)
     anchor: Literal["original", "previous"] = "original"
     distill: Literal["answers", "on-policy"] = "answers"
+    arms: list[Literal["thinkswitch", "on_policy", "merge_only", "gold", "untouched"]] = Field(default_factory=list)
+    gold: Path | None = None
     seed: int = Field(default=42, ge=0)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     nf4: bool = False
     jobs: int = Field(default=1, ge=1)
     launcher: str = "python"
@@ -105,6 +111,16 @@ class LoopConfig(BaseModel):
     def own_prompts(self) -> str | None:
         """The user's own prompts, a file or a hub data set, if `prompts` names that rather than lm-eval tasks."""
         return self.prompts[0] if is_source(self.prompts[0]) else None
+
+    @property
+    def every_arm(self) -> list[str]:
+        """The arms of the run, the one it is about first."""
+        return list(dict.fromkeys(self.arms)) or ["on_policy" if self.distill == "on-policy" else "thinkswitch"]
+
+    @property
+    def every_seed(self) -> list[int]:
+        """The seeds of the run."""
+        return list(dict.fromkeys(self.seeds)) or [self.seed]
 
     @property
     def prompt_tasks(self) -> list[str]:
@@ -190,6 +206,14 @@ def load(
         raise LoopError(f"{source}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})") from None
     if len(config.prompts) > 1 and any(map(is_source, config.prompts)):
         raise LoopError(f"{path}: prompts: name either one file or hub data set, or lm-eval tasks, not both")
+    if config.arms and config.distill != "answers":
+        raise LoopError("--arms and --distill: arms say what is learnt from; leave --distill out")
+    if "gold" in config.arms and not config.gold:
+        raise LoopError(
+            "--arms gold: needs right answers: gold: FILE in loop.yml, a .jsonl of conversations (messages)"
+        )
+    if "gold" in config.arms and config.gold and not config.gold.is_file():
+        raise LoopError(f"gold: {config.gold}: no such file")
     pair = (written[0], written[1]) if isinstance(written[0], str) and isinstance(written[1], str) else None
     return config.model_copy(update={"written_pair": pair})
 
@@ -202,8 +226,9 @@ def rooted(settings: Mapping[str, Any], base: Path) -> dict[str, Any]:
             found[key] = local_or_hub(found[key], base)
     if isinstance(found.get("prompts"), list):
         found["prompts"] = [source(p, base) if isinstance(p, str) else p for p in found["prompts"]]
-    if found.get("include_path"):
-        found["include_path"] = base / str(found["include_path"])
+    for key in ("include_path", "gold"):
+        if found.get(key):
+            found[key] = base / str(found[key])
     if isinstance(found.get("python"), dict):  # a name alone is found in PATH; a link is not followed: it is the venv's
         programs = {key: str(value) for key, value in found["python"].items()}
         found["python"] = {k: os.path.normpath(base / v) if os.sep in v else v for k, v in programs.items()}
@@ -230,10 +255,10 @@ def read_recipes(
     """
     files: dict[str, Path | None] = {name: getattr(config.recipes, name) for name in Recipes.model_fields}
     on_policy = files.pop("on_policy")
-    if config.distill == "on-policy":
+    if "on_policy" in config.every_arm:
         if not on_policy:
             raise LoopError("--distill on-policy: loop.yml names no such recipe; add on_policy: under recipes:")
-        files["distill"] = on_policy
+        files["on_policy" if config.arms else "distill"] = on_policy
     recipes: dict[str, Recipe] = {}
     for name, file in files.items():
         if file:

@@ -22,11 +22,10 @@ SURE = 1 - stats.LEVEL
 
 
 class Who(NamedTuple):
-    """A checkpoint in a run."""
+    """A checkpoint in a run, or those of several seeds that differ in nothing else."""
 
     run: str
     arm: str
-    seed: int
     iteration: int
     checkpoint: str
 
@@ -95,12 +94,27 @@ def read(folder: Path) -> list[Row]:
 
 
 def by_checkpoint(rows: Iterable[Row]) -> dict[tuple[Who, str], dict[str, Row]]:
-    """Rows by checkpoint and task, each by its question."""
-    found: dict[tuple[Who, str], dict[str, Row]] = {}
+    """Rows by checkpoint and task, each by its question; those of several seeds are one, their scores' mean.
+
+    A question is what is drawn and tested, however many seeds answered it: more seeds are no more questions.
+    """
+    found: dict[tuple[Who, str], dict[str, list[Row]]] = {}
     for row in rows:
-        who = Who(row["run"], row["arm"], row["seed"], row["iteration"], row["checkpoint"])
-        found.setdefault((who, row["task"]), {})[row["question"]] = row
-    return found
+        who = Who(row["run"], row["arm"], row["iteration"], row["checkpoint"])
+        found.setdefault((who, row["task"]), {}).setdefault(row["question"], []).append(row)
+    return {place: {question: _merged(mine) for question, mine in by.items()} for place, by in found.items()}
+
+
+def _merged(rows: Sequence[Row]) -> Row:
+    if len(rows) == 1:
+        return rows[0]
+
+    def total(key: str) -> int | None:
+        counts = [row[key] for row in rows]
+        return None if None in counts else sum(counts)
+
+    summed = {key: total(key) for key in ("answers", "trace_tokens", "answer_tokens")}
+    return {**rows[0], **summed, "score": math.fsum(row["score"] for row in rows) / len(rows)}
 
 
 def compare(sides: Sequence[tuple[str, Who, Mapping[str, Row], Who, Mapping[str, Row]]]) -> list[Comparison]:
@@ -127,7 +141,7 @@ def compare(sides: Sequence[tuple[str, Who, Mapping[str, Row], Who, Mapping[str,
                 task,
                 before,
                 after,
-                (math.fsum(one) / len(one), math.fsum(other) / len(other)),
+                (stats.mean(one), stats.mean(other)),
                 stats.difference(one, other),
                 test,
                 test.p,
@@ -182,9 +196,9 @@ def between(
     return compare([(task, *before[task], *after[task]) for task in shared])
 
 
-def gains(rows: Iterable[Row]) -> list[Comparison]:
-    """The last iteration against the pair as it came: each checkpoint and task of each run."""
-    groups = by_checkpoint(rows)
+def gains(rows: Sequence[Row]) -> list[Comparison]:
+    """The last iteration against the pair as it came: each checkpoint and task of each run, of its first arm."""
+    groups = by_checkpoint(first_arm(rows))
     sides = []
     for (who, task), mine in groups.items():
         first = who._replace(iteration=0)
@@ -194,9 +208,76 @@ def gains(rows: Iterable[Row]) -> list[Comparison]:
     return compare(sorted(sides, key=lambda side: (side[3].checkpoint, side[0])))
 
 
-def figures(rows: Iterable[Row]) -> list[Figures]:
-    """The derived figures of every checkpoint and task."""
+def first_arm(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the arm that each run is about, which is the first of its rows."""
+    about: dict[str, str] = {}
+    for row in rows:
+        about.setdefault(row["run"], row["arm"])
+    return [row for row in rows if row["arm"] == about[row["run"]]]
+
+
+def first_seed(rows: Sequence[Row]) -> list[Row]:
+    """The rows of each run's first arm and seed."""
+    about: dict[str, int] = {}
+    for row in (mine := first_arm(rows)):
+        about.setdefault(row["run"], row["seed"])
+    return [row for row in mine if row["seed"] == about[row["run"]]]
+
+
+class Arm(NamedTuple):
+    """What came of one way to do it.
+
+    Attributes:
+        who: the last iteration's checkpoint.
+        task: its name.
+        accuracy: over all seeds, with Student's interval over them (NaN for a single one).
+        gain: against the pair as it came; None where that was not evaluated.
+        beside: against the run's first arm; None for itself.
+    """
+
+    who: Who
+    task: str
+    accuracy: Estimate
+    gain: Comparison | None
+    beside: Comparison | None
+
+
+def arms(rows: Sequence[Row]) -> list[Arm]:
+    """Every arm of a run at its last iteration, the first arm first; empty if there is but one arm and one seed.
+
+    The comparisons with the pair as it came are corrected together, and so are those with the first arm.
+    """
     groups = by_checkpoint(rows)
+    if len({(row["arm"], row["seed"]) for row in rows}) < 2:
+        return []
+    about = rows[0]["arm"]
+    last: dict[tuple[str, str, str], Who] = {}
+    for who, task in groups:
+        place = (who.checkpoint, task, who.arm)
+        last[place] = max(last.get(place, who), who)
+    per_seed: dict[tuple[Who, str, int], list[float]] = {}
+    for row in rows:
+        who = Who(row["run"], row["arm"], row["iteration"], row["checkpoint"])
+        per_seed.setdefault((who, row["task"], row["seed"]), []).append(row["score"])
+    gains, beside = [], []
+    for (checkpoint, task, arm), who in last.items():
+        first, main = who._replace(iteration=0), last.get((checkpoint, task, about))
+        if who.iteration and (first, task) in groups:
+            gains.append((task, first, groups[first, task], who, groups[who, task]))
+        if main and arm != about:
+            beside.append((task, main, groups[main, task], who, groups[who, task]))
+    gained = {(one.after, one.task): one for one in compare(gains)}
+    compared = {(one.after, one.task): one for one in compare(beside)}
+    found = []
+    for (_, task, _), who in sorted(last.items(), key=lambda item: (item[0][1], item[0][0])):
+        means = [stats.mean(scores) for (w, t, _), scores in per_seed.items() if (w, t) == (who, task)]
+        found.append(Arm(who, task, stats.over_runs(means), gained.get((who, task)), compared.get((who, task))))
+    return found
+
+
+def figures(rows: Sequence[Row]) -> list[Figures]:
+    """The derived figures of every checkpoint and task, of the run's first arm."""
+    groups = by_checkpoint(first_arm(rows))
     found = []
     for (who, task), mine in groups.items():
         moved = None
@@ -246,12 +327,24 @@ def verdict(found: Sequence[Comparison]) -> list[str]:
     return said
 
 
+def known(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def arm_json(arm: Arm) -> dict[str, Any]:
+    """An arm for a program; what is not known is null."""
+    return {
+        **arm.who._asdict(),
+        "task": arm.task,
+        "accuracy": {key: known(value) for key, value in arm.accuracy._asdict().items()},
+        "gain": as_json(arm.gain) if arm.gain else None,
+        "beside": as_json(arm.beside) if arm.beside else None,
+    }
+
+
 def as_json(one: Comparison) -> dict[str, Any]:
     """A comparison for a program; what is not known is null."""
-
-    def known(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
     return {
         "task": one.task,
         "before": one.before._asdict(),

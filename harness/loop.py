@@ -24,7 +24,7 @@ from harness.files import below, digest, disk_errors, write_json
 from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
-from harness.runner import Runner, Usage, devices, start
+from harness.runner import Runner, Usage, devices, has_bf16, start
 from harness.stages import RECIPE, External, Keys, Output, Recipe, Stage, dump, placed
 from harness.store import Known, Store, is_checkpoint, loaded, stamp
 from harness.view import View
@@ -161,6 +161,7 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
         prompts,
         identify,
         interpreters_of(config, recipes),
+        External(str(config.gold), known.path(config.gold)) if config.gold and "gold" in config.arms else None,
     )
     total = max(config.iterations, *(step["iteration"] for step in noted.get("steps", [])), 0)
     steps = plan(config, inputs, total)
@@ -233,6 +234,9 @@ def described(run: Run) -> list[dict[str, Any]]:
             "iteration": step.iteration,
             "name": step.name,
             "checkpoint": step.checkpoint,
+            "arm": step.arm,
+            "seed": step.seed,
+            "place": step.place,
             "key": run.keys[step.stage],
             "reads": run.keys.material(step.stage),
         }
@@ -257,7 +261,7 @@ def from_step(run: Run, name: str) -> set[str]:
     Raises:
         LoopError: if the run has no such step.
     """
-    found = [s for s in run.wanted if name in (s.name, s.stage.kind.name, f"iter_{s.iteration:02d}/{s.name}")]
+    found = [s for s in run.wanted if name in (s.name, s.stage.kind.name, s.place)]
     if not found:
         every = ", ".join(dict.fromkeys(step.name for step in run.wanted))
         raise LoopError(
@@ -395,13 +399,13 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> dict[str, Any]:
     todo = pending(run)
     if todo:
         asked = {stage.kind.name: stage.recipes.get(RECIPE, {}) for stage in todo.values()}
-        checks.check_accelerator(asked, bool(devices()))
+        checks.check_accelerator(asked, bool(devices()), has_bf16())
         checks.check_disk(run.store.root, run.pair["thinking"], sum(bool(s.kind.checkpoint) for s in todo.values()))
     settings = run.config.model_dump(mode="json")
     for key in run.again:
         run.store.forget(key)
     run.folder.note(asked=settings, steps=described(run), versions=run.keys.versions)
-    run.folder.unlink_others({(step.iteration, step.name) for step in run.steps})
+    run.folder.unlink_others({step.place for step in run.steps})
     published = Published(run, view, todo)
     view.begin(run, todo)
     published.look()
@@ -435,7 +439,7 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> dict[str, Any]:
             run.folder.note(preload_s=runner.preload_s, busy_s=runner.busy_s)
     results = published.write()
     reported(run)
-    view.end(run, results)
+    view.end(run, results, evidence.arms(list(published.questions())))
     return results
 
 
@@ -457,25 +461,25 @@ class Published:
         self.run, self.view = run, view
         self.todo = set(todo)
         self.outcomes: dict[str, list[outcomes.Outcome]] = {}  # by key
-        self.seen: set[tuple[int, str]] = set()
+        self.seen: set[str] = set()  # places
 
     def look(self, ended: str = "") -> None:
         """Link and publish every step that is done and was not so far; `ended` is the key of a stage that has ended."""
         self.todo.discard(ended)
         new = False
         for step in self.run.steps:
-            place, key = (step.iteration, step.name), self.run.keys[step.stage]
+            place, key = step.place, self.run.keys[step.stage]
             if place not in self.seen and key not in self.todo and (record := self.run.record(step)):
                 self.seen.add(place)
                 new = True
-                self.run.folder.link(step.iteration, step.name, self.run.store.folder(key))
+                self.run.folder.link(place, self.run.store.folder(key))
                 self.view.finished(step, record, self.rows_of(step, record))
         if new:
             self.write()
 
     def rows_of(self, step: Step, record: dict[str, Any]) -> list[outcomes.Row]:
         """The rows of one step: summed up from its outcomes, with what its stage says of each task."""
-        where = {"iteration": step.iteration, "checkpoint": step.checkpoint}
+        where = {"arm": step.arm, "seed": step.seed, "iteration": step.iteration, "checkpoint": step.checkpoint}
         more = record["facts"].get("per_task", {})
         return [{**where, **row, **more.get(row["task"], {})} for row in outcomes.summary(self.outcomes_of(step))]
 
@@ -488,11 +492,10 @@ class Published:
         return self.outcomes[key]
 
     def questions(self) -> Iterator[dict[str, Any]]:
-        """Every outcome with where it belongs: run, arm (what instruct learns from), seed, iteration, checkpoint."""
-        config = self.run.config
+        """Every outcome with where it belongs: run, arm, seed, iteration, checkpoint."""
         for step in self.run.steps:
-            if (step.iteration, step.name) in self.seen:
-                where = {"run": config.name, "arm": config.distill, "seed": config.seed}
+            if step.place in self.seen:
+                where = {"run": self.run.config.name, "arm": step.arm, "seed": step.seed}
                 where |= {"iteration": step.iteration, "checkpoint": step.checkpoint}
                 yield from ({**where, **asdict(outcome)} for outcome in self.outcomes_of(step))
 
@@ -509,6 +512,7 @@ class Published:
             "rows": rows,
             "verdict": evidence.verdict(gains),
             "comparisons": [evidence.as_json(gain) for gain in gains],
+            "arms": [evidence.arm_json(arm) for arm in evidence.arms(questions)],
             "wall_s": round(wall, 3),
             "cost_usd": cost,
         }
@@ -528,7 +532,7 @@ def dry(run: Run) -> Sequence[str]:
         step = next(step for step in run.wanted if step.stage is stage)
         paths = write_recipes(run, stage)
         folder = run.store.folder(key)
-        lines += [f"# iteration {step.iteration}, {step.name}"]
+        lines += [f"# {step.part + ' ' if step.part else ''}iteration {step.iteration}, {step.name}"]
         lines += [shlex.join(command) for command in commands(stage, paths)]
         lines += [shlex.join(["mv", str(folder / source), str(folder / target)]) for source, target in stage.renames]
     return lines

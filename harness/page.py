@@ -16,14 +16,17 @@ from harness.outcomes import Row
 from harness.report import Report
 from harness.stats import Estimate
 from harness.view import (
+    ARM_HEADS,
     COMPARISON_HEADS,
     KIND_HEADS,
     PASS_HEADS,
+    arm_cells,
     change,
     clock,
     comparison_cells,
     in_order,
     kind_cells,
+    of_first,
     pass_cells,
 )
 
@@ -59,7 +62,7 @@ def page(reports: Sequence[Report]) -> str:
 
 def picture(report: Report) -> dict[str, Any]:
     """What the template shows of a run."""
-    rows = in_order(report.rows)
+    rows = in_order(of_first(report.rows))
     lines = evidence.verdict(report.comparisons)
     kinds = ["" if one.p > evidence.SURE else "better" if one.gain.value > 0 else "worse" for one in report.comparisons]
     last = max(row["iteration"] for row in rows)
@@ -139,7 +142,7 @@ def between(estimate: Estimate, scale: str = "percent") -> str:
 
 def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The tables, each with its head, its rows of texts, and how many columns are text."""
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "id": "comparisons",
             "title": "Question by question",
@@ -148,6 +151,15 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "heads": COMPARISON_HEADS,
             "rows": comparison_cells(report.comparisons),
             "texts": 2,
+        },
+        {
+            "id": "arms",
+            "title": "Arms",
+            "note": "At their last iteration; accuracy over all seeds with Student's interval over them. Points with "
+            "95 % intervals over questions (paired bootstrap), p-values corrected a column (Holm).",
+            "heads": ARM_HEADS,
+            "rows": arm_cells(report.arms),
+            "texts": 3,
         },
         {
             "id": "scores",

@@ -6,6 +6,14 @@
 The thinking checkpoint of iteration k-1 labels the prompts, the instruct checkpoint of iteration k-1 learns from the
 answers, and a thinking checkpoint is rebuilt between the anchor and the new instruct one (ThinkSwitch, arXiv
 2606.01080).
+
+An *arm* is this with one stage put otherwise, so that a gain has something to be held against:
+
+    thinkswitch   as above                                   on_policy     the teacher judges instruct's own answers
+    merge_only    nothing is learnt, only merged             gold          right answers of the user's are learnt
+    untouched     the answers are learnt with their traces
+
+Arms and seeds share every stage that reads the same.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from harness.asking import Settings
-from harness.config import LoopConfig
+from harness.config import ARMS, LoopConfig
 from harness.interpreters import Interpreter
 from harness.stages import OWN, External, Output, Recipe, Stage, distill, evaluate, generate, placed, reconstruct, slot
 from harness.tasks import Task
@@ -29,12 +37,23 @@ class Step(NamedTuple):
         name: of its link in the iteration's folder.
         stage: what is done; two runs, or two steps, may have the same.
         checkpoint: whose outcomes it has, "instruct" or "thinking"; empty for a stage that has none.
+        arm: which it is of.
+        seed: of sampling and training.
+        part: the folder of its arm and seed inside the run's; empty for the first of them.
     """
 
     iteration: int
     name: str
     stage: Stage
     checkpoint: str = ""
+    arm: str = ARMS[0]
+    seed: int = 0
+    part: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where its link is inside the run's folder: "iter_02/distill", "gold-1/iter_02/distill"."""
+        return "/".join(filter(None, [self.part, f"iter_{self.iteration:02d}", self.name]))
 
 
 class Inputs(NamedTuple):
@@ -50,6 +69,7 @@ class Inputs(NamedTuple):
         prompts: the user's own prompts, None where tasks bring theirs.
         interpreters: whose lm-eval asks, by the name of the recipe; this environment's where there is none.
         identify: what a local file that a recipe names, under a key, is; None for what is none.
+        gold: the user's right answers, for the arm that learns them.
     """
 
     recipes: Mapping[str, Recipe]
@@ -61,14 +81,21 @@ class Inputs(NamedTuple):
     prompts: list[dict[str, Any]] | None
     identify: Callable[[str, str], str | None]
     interpreters: Mapping[str, Interpreter] = {}
+    gold: External | None = None
 
 
 def plan(config: LoopConfig, inputs: Inputs, iterations: int) -> list[Step]:
-    """Every stage of the run, in an order in which each comes after what it reads."""
-    return list(_steps(config, inputs, iterations))
+    """Every stage of the run, in an order in which each comes after what it reads; the first arm and seed first."""
+    steps: list[Step] = []
+    for seed in config.every_seed:
+        for arm in config.every_arm:
+            part = f"{arm}-{seed}" if steps else ""
+            seeded = config.model_copy(update={"seed": seed})
+            steps += [step._replace(arm=arm, seed=seed, part=part) for step in _steps(seeded, inputs, iterations, arm)]
+    return steps
 
 
-def _steps(config: LoopConfig, inputs: Inputs, iterations: int) -> Iterator[Step]:
+def _steps(config: LoopConfig, inputs: Inputs, iterations: int, arm: str) -> Iterator[Step]:
     recipes, identify = inputs.recipes, inputs.identify
     settings = Settings(config.seed, config.nf4, config.limit, config.include_path)
     names = [task.name for task in inputs.prompt_tasks]
@@ -83,15 +110,24 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int) -> Iterator[Step
             yield Step(k, f"evaluate_{who}", pinned(tested, identify), who)
 
     yield from tests(0)
-    for k in range(1, iterations + 1):
-        asks = inputs.interpreters.get("generate")
-        labels = generate.build(recipes["generate"], settings, inputs.prompt_tasks, thinking, inputs.prompts, asks)
-        labels = pinned(labels, identify)
-        yield Step(k, "generate", labels)
-        learnt = distill.build(recipes["distill"], config.seed, config.launcher, instruct, thinking, labels, names)
-        learnt = pinned(learnt, identify)
-        yield Step(k, "distill", learnt)
-        instruct = Output(learnt, distill.CHECKPOINT)
+    for k in range(1, (min(1, iterations) if arm == "merge_only" else iterations) + 1):
+        if arm != "merge_only":
+            if inputs.gold and arm == "gold":
+                labels: Stage | External = inputs.gold
+            else:
+                asks = inputs.interpreters.get("generate")
+                labels = generate.build(
+                    recipes["generate"], settings, inputs.prompt_tasks, thinking, inputs.prompts, asks
+                )
+                labels = pinned(labels, identify)
+                yield Step(k, "generate", labels)
+            recipe = recipes.get("on_policy", recipes["distill"]) if arm == "on_policy" else recipes["distill"]
+            if arm == "untouched":
+                recipe = distill.untouched(recipe)
+            learnt = distill.build(recipe, config.seed, config.launcher, instruct, thinking, labels, names)
+            learnt = pinned(learnt, identify)
+            yield Step(k, "distill", learnt)
+            instruct = Output(learnt, distill.CHECKPOINT)
         anchor = inputs.thinking if config.anchor == "original" else thinking
         rebuilt = reconstruct.build(recipes["reconstruct"], config.t, anchor, instruct, config.written_pair)
         rebuilt = pinned(rebuilt, identify)

@@ -11,9 +11,9 @@ from typing import Any
 
 from harness.errors import LoopError
 from harness.files import below, read_json
-from harness.rundir import RunDir
+from harness.rundir import RunDir, place_of
 from harness.store import Store
-from harness.view import clock
+from harness.view import clock, of_first
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Seen:
     @property
     def now(self) -> str:
         """What runs."""
-        return ", ".join(f"iter_{s['iteration']:02d}/{s['name']}" for s in self.steps if s["state"] == "running")
+        return ", ".join(dict.fromkeys(s["place"] for s in self.steps if s["state"] == "running"))
 
     @property
     def clock(self) -> str:
@@ -50,7 +50,7 @@ class Seen:
     @property
     def scores(self) -> str:
         """The last instruct scores."""
-        mine = [row for row in self.rows if row["checkpoint"] == "instruct"]
+        mine = [row for row in of_first(self.rows) if row["checkpoint"] == "instruct"]
         last = max((row["iteration"] for row in mine), default=0)
         return "  ".join(f"{row['task']} {row['accuracy']:.1%}" for row in mine if row["iteration"] == last)
 
@@ -78,7 +78,8 @@ def read_run(out: Path, name: str) -> Seen:
     for step in noted["steps"]:
         key = step["key"]
         state = "done" if store.record(key) else "running" if store.busy(key) else "waiting"
-        steps.append({"iteration": step["iteration"], "name": step["name"], "key": key, "state": state})
+        kept = {"iteration": step["iteration"], "name": step["name"], "place": place_of(step)}
+        steps.append({**kept, "key": key, "state": state})
     rows = (read_json(folder.results) or {}).get("rows", [])
     return Seen(name, steps, folder.wall_s(), rows)
 
@@ -93,7 +94,7 @@ def log_of(out: Path, name: str | None, stage: str | None) -> Path:
     if not names:
         raise LoopError(f"no runs in {out}")
     seen, store = read_run(out, name or names[-1]), Store(out / "stages")
-    steps = [s for s in seen.steps if stage in (None, s["name"], f"iter_{s['iteration']:02d}/{s['name']}")]
+    steps = [s for s in seen.steps if stage in (None, s["name"], s["place"])]
     logs = [(s["state"] == "running", store.folder(s["key"]) / "log.txt") for s in steps]
     there = [(running, log.stat().st_mtime, log) for running, log in logs if log.is_file()]
     if not there:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from harness import asking, evidence, outcomes
 from harness.errors import LoopError, StageError
-from harness.evidence import Comparison, Figures
+from harness.evidence import Arm, Comparison, Figures
 from harness.files import disk_errors, read_json
-from harness.rundir import RunDir
+from harness.rundir import RunDir, place_of
 from harness.store import Store
 from thinkswitch_plugin.trace_stripping import split_trace
 
@@ -59,6 +59,7 @@ class Report:
         name: of the run.
         rows: of results.json.
         comparisons: the last iteration against the pair as it came.
+        arms: what came of each, where there are several arms or seeds.
         figures: transfer ratio and tokens for each right answer.
         stages: (iteration, name, record) of what is done, in the plan's order.
         missing: "iter_02/distill" of what is not.
@@ -72,6 +73,7 @@ class Report:
     name: str
     rows: list[dict[str, Any]]
     comparisons: list[Comparison]
+    arms: list[Arm]
     figures: list[Figures]
     stages: list[tuple[int, str, dict[str, Any]]]
     missing: list[str]
@@ -96,17 +98,19 @@ def gather(out: Path, name: str) -> Report:
     if not isinstance(results, dict) or not results.get("rows"):
         raise LoopError(f"{out / name}: nothing of it is evaluated yet; there is nothing to report")
     asked = evidence.read(folder.root)
-    records = [(step["iteration"], step["name"], store.record(step["key"])) for step in noted["steps"]]
-    done = [(iteration, step, record) for iteration, step, record in records if record]
+    records = [(step, store.record(step["key"])) for step in noted["steps"]]
+    done = [(step["iteration"], step["name"], record) for step, record in records if record]
+    first = [step for step in noted["steps"] if place_of(step).startswith("iter_")]
     return Report(
         name=name,
         rows=results["rows"],
         comparisons=evidence.gains(asked),
+        arms=evidence.arms(asked),
         figures=evidence.figures(asked),
         stages=done,
-        missing=[f"iter_{iteration:02d}/{step}" for iteration, step, record in records if not record],
-        curves=curves(store, done),
-        questions=list(side_by_side(store, noted["steps"], asked)),
+        missing=[place_of(step) for step, record in records if not record],
+        curves=curves(store, first),
+        questions=list(side_by_side(store, first, evidence.first_seed(asked))),
         noted=noted,
         wall_s=results["wall_s"],
         cost_usd=results["cost_usd"],
@@ -133,15 +137,16 @@ def write(out: Path, names: Sequence[str], to: Path | None = None) -> Path:
     return file
 
 
-def curves(store: Store, done: Sequence[tuple[int, str, Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+def curves(store: Store, steps: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """What the trainers printed as they went, by what it is."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for iteration, name, record in done:
-        if name == "distill":
-            for number, logged in enumerate(_logged(store.folder(record["key"]) / "log.txt"), start=1):
+    for step in steps:
+        if step["name"] == "distill":
+            for number, logged in enumerate(_logged(store.folder(step["key"]) / "log.txt"), start=1):
                 for key, title in CURVES.items():
-                    if isinstance(value := logged.get(key), float):
-                        found.setdefault(title, []).append({"step": number, "value": value, "iteration": iteration})
+                    if (value := logged.get(key)) is not None:
+                        row = {"step": number, "value": value, "iteration": step["iteration"]}
+                        found.setdefault(title, []).append(row)
     return found
 
 
@@ -170,8 +175,9 @@ def side_by_side(store: Store, steps: Sequence[Mapping[str, Any]], rows: Sequenc
         return
     fates: dict[str, list[tuple[str, str]]] = {"gained": [], "lost": [], "same": []}
     for who, iteration, task, question in scores:
-        if (who, iteration) == after and (*before, task, question) in scores:
-            change = scores[(*after, task, question)] - scores[(*before, task, question)]
+        first = (*before, task, question)
+        if (who, iteration) == after and first in scores:
+            change = scores[who, iteration, task, question] - scores[first]
             fates["gained" if change > 0 else "lost" if change < 0 else "same"].append((task, question))
     changed = [
         (fate, *place)

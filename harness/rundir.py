@@ -115,19 +115,20 @@ class RunDir:
         """Whether a process is at this run."""
         return held(self.root / ".alive", fcntl.LOCK_EX)
 
-    def link(self, iteration: int, name: str, folder: Path) -> None:
-        """Let a stage be found in its iteration."""
+    def link(self, place: str, folder: Path) -> None:
+        """Let a stage be found where a step of this run has it: "iter_01/distill"."""
         with disk_errors(self.root):
-            link(self.root / f"iter_{iteration:02d}" / name, folder)
+            link(self.root / place, folder)
 
-    def unlink_others(self, kept: set[tuple[int, str]]) -> None:
+    def unlink_others(self, kept: set[str]) -> None:
         """Drop the links of steps that this run no longer has."""
-        for place in self.root.glob("iter_*/*"):
-            number = place.parent.name.removeprefix("iter_")
-            if place.is_symlink() and number.isdecimal() and (int(number), place.name) not in kept:
-                place.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # it is not empty
-                    place.parent.rmdir()
+        for path in (*self.root.glob("iter_*/*"), *self.root.glob("*/iter_*/*")):
+            number = path.parent.name.removeprefix("iter_")
+            if path.is_symlink() and number.isdecimal() and str(path.relative_to(self.root)) not in kept:
+                path.unlink(missing_ok=True)
+                for folder in (path.parent, path.parent.parent):
+                    with contextlib.suppress(OSError):  # it is not empty
+                        folder.rmdir()
 
 
 def why(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -140,16 +141,21 @@ def why(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> l
     Returns:
         A line a cause, the same of several iterations once. What changed only because of an earlier stage is none.
     """
-    before = {(step["iteration"], step["name"]): step for step in old}
+    before = {place_of(step): step for step in old}
     renamed: dict[str, str] = {}
     lines: list[str] = []
     for step in new:
-        was = before.get((step["iteration"], step["name"]))
+        was = before.get(place_of(step))
         if was is None or was["key"] == step["key"]:
             continue
         renamed[was["key"]] = step["key"]
         lines += [f"{step['name']}: {line}" for line in _causes(was["reads"], step["reads"], renamed)]
     return list(dict.fromkeys(lines))
+
+
+def place_of(step: Mapping[str, Any]) -> str:
+    """Where a step of `run.json` has its link; those of an earlier version do not say."""
+    return str(step.get("place") or f"iter_{step['iteration']:02d}/{step['name']}")
 
 
 def _causes(old: Mapping[str, Any], new: Mapping[str, Any], renamed: Mapping[str, str]) -> list[str]:

@@ -237,15 +237,20 @@ def bootstrap(statistic: Callable[..., Any], *columns: Sequence[float]) -> Estim
     return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
+def mean(values: Sequence[float]) -> float:
+    """Of one number at least."""
+    return math.fsum(values) / len(values)
+
+
 def over_runs(values: Sequence[float]) -> Estimate:
     """The mean of several runs with Student's 95 % interval; without bounds for a single one."""
     from scipy import stats
 
-    mean = math.fsum(values) / len(values)
+    middle = mean(values)
     if len(values) < 2:
-        return Estimate(mean, math.nan, math.nan)
+        return Estimate(middle, math.nan, math.nan)
     half = float(stats.sem(values)) * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
-    return Estimate(mean, mean - half, mean + half)
+    return Estimate(middle, middle - half, middle + half)
 
 
 def spread(runs: Sequence[Sequence[float]]) -> Spread:
@@ -254,8 +259,8 @@ def spread(runs: Sequence[Sequence[float]]) -> Spread:
     Args:
         runs: [seeds, questions], scores.
     """
-    each = over_runs([math.fsum(scores) / len(scores) for scores in runs])
-    by_question = [math.fsum(scores) / len(scores) for scores in zip(*runs, strict=True)]
+    each = over_runs([mean(scores) for scores in runs])
+    by_question = [mean(scores) for scores in zip(*runs, strict=True)]
     questions = bootstrap(_mean, by_question)
     return Spread(each.value, (each.low, each.high), (questions.low, questions.high))
 

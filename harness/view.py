@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness import runner
-from harness.evidence import Comparison
+from harness.evidence import Arm, Comparison
 from harness.outcomes import Row
 from harness.plan import Step
 from harness.stages import Stage
@@ -172,11 +172,13 @@ class View:
                 self.say(f"{where}   reused  {note}  (made by {record['made_by']})")
             self._refresh()
 
-    def end(self, run: Any, results: Mapping[str, Any]) -> None:
+    def end(self, run: Any, results: Mapping[str, Any], arms: Sequence[Arm] = ()) -> None:
         """The run is over: the table, what is sure of it, where the time went, and where everything lies."""
         self.close()
         rows = results["rows"]
         self._print(table(rows))
+        if arms:
+            self._print(arm_table(arms))
         for line in results["verdict"]:
             self.say(line)
         if self.quiet:
@@ -227,7 +229,8 @@ class View:
 
 
 def _name(step: Step) -> str:
-    return step.name.replace("_", " ")
+    name = step.name.replace("_", " ")
+    return f"{name} ({step.part})" if step.part else name
 
 
 def clock(seconds: float) -> str:
@@ -244,6 +247,11 @@ def change(row: Row, rows: Sequence[Row]) -> float | None:
     return None
 
 
+def of_first(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the first arm and seed, which the run is about."""
+    return [row for row in rows if all(row.get(key) == rows[0].get(key) for key in ("arm", "seed"))]
+
+
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """Rows as they are shown: by task, checkpoint and iteration."""
     return sorted(rows, key=lambda row: (row["task"], row["checkpoint"], row["iteration"]))
@@ -251,6 +259,7 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
 
 def table(rows: Sequence[Row], title: str = "scores") -> Table:
     """A row a checkpoint and task, a column an iteration, the change at its end in points, then the last one's rest."""
+    rows = of_first(rows)
     iterations = sorted({row["iteration"] for row in rows})
     result = Table(title=title, title_justify="left")
     heads = ["task", "checkpoint", "questions", *map(str, iterations), "change", "95 % interval", "tokens", "closed"]
@@ -283,6 +292,39 @@ def table(rows: Sequence[Row], title: str = "scores") -> Table:
 def points(estimate: Estimate) -> str:
     """A gain in points, with its interval."""
     return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+
+
+ARM_HEADS = ("task", "checkpoint", "arm", "accuracy", "over the pair, points", "p", "over the first arm, points", "p")
+
+
+def arm_cells(found: Sequence[Arm]) -> list[list[str]]:
+    """What came of each arm, for the table and the page."""
+
+    def against(one: Comparison | None) -> list[str]:
+        return [points(one.gain), f"{one.p:.2g}"] if one else ["", ""]
+
+    return [
+        [
+            one.task,
+            one.who.checkpoint,
+            one.who.arm,
+            f"{one.accuracy.value:.1%}"
+            + ("" if math.isnan(one.accuracy.low) else f" ({one.accuracy.low:.1%} to {one.accuracy.high:.1%})"),
+            *against(one.gain),
+            *against(one.beside),
+        ]
+        for one in found
+    ]
+
+
+def arm_table(found: Sequence[Arm]) -> Table:
+    """What came of each arm; p-values are corrected for there being several, those of a column together."""
+    result = Table(title="arms, at their last iteration", title_justify="left")
+    for head in ARM_HEADS:
+        result.add_column(head, justify="left" if head in ARM_HEADS[:3] else "right")
+    for line in arm_cells(found):
+        result.add_row(*line)
+    return result
 
 
 COMPARISON_HEADS = ("task", "checkpoint", "before", "after", "points (95 %)", "gained", "lost", "p", "tokens")

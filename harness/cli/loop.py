@@ -50,7 +50,13 @@ PARAMETERS: list[click.Parameter] = [
         help="What instruct learns from: `answers` of the thinking checkpoint, or `on-policy`, answers of its own that "
         "the thinking checkpoint judges token by token.  [default: answers]",
     ),
+    click.Option(
+        ["--arms"],
+        help="Baselines beside the run, separated by commas: thinkswitch (itself), merge_only, untouched (traces are "
+        "learnt too), gold (right answers: `gold:` in loop.yml), on_policy. What they share is done once.",
+    ),
     click.Option(["--seed"], type=int, help="Seed of generation, training and evaluation.  [default: 42]"),
+    click.Option(["--seeds"], help="Several, separated by commas: all of it once with each."),
     click.Option(["--limit"], type=int, help="Ask only so many questions and prompts a task: a smoke run."),
     click.Option(
         ["--set", "changes"],
@@ -150,6 +156,9 @@ def asked_for(
     from harness.config import load, local_or_hub, read_recipes, recipes_folder
 
     found = dict(options)
+    for key in ("arms", "seeds"):
+        if found.get(key) is not None:
+            found[key] = [part.strip() for part in found[key].split(",") if part.strip()]
     for key in ("prompts", "tasks"):
         if found.get(key) is not None:
             found[key] = listed(found[key])

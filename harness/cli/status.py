@@ -42,10 +42,10 @@ def command(name: str | None, out: Path, as_json: bool) -> None:
         return
     table = Table()
     if name:
-        for head in ("iteration", "stage", "is", "key"):
+        for head in ("stage", "is", "key"):
             table.add_column(head)
         for step in found[0].steps:
-            table.add_row(str(step["iteration"]), step["name"], step["state"], step["key"])
+            table.add_row(step["place"], step["state"], step["key"])
     else:
         for head in ("run", "stages done", "now", "wall time", "scores"):
             table.add_column(head)

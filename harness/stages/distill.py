@@ -14,7 +14,7 @@ from typing import Any
 from harness.asking import ANSWERS, DATE
 from harness.errors import LoopError
 from harness.files import read_json
-from harness.stages import OWN, RECIPE, Facts, Kind, Output, Recipe, Source, Stage, slot
+from harness.stages import OWN, RECIPE, External, Facts, Kind, Output, Recipe, Source, Stage, slot
 from thinkswitch_plugin.on_policy_kl import report as on_policy_kl
 from thinkswitch_plugin.trace_stripping import report as trace_stripping
 
@@ -41,7 +41,7 @@ def build(
     launcher: str,
     instruct: Source,
     thinking: Source,
-    labels: Stage,
+    labels: Stage | External,
     tasks: Sequence[str],
 ) -> Stage:
     """The stage.
@@ -53,7 +53,7 @@ def build(
         launcher: Axolotl's, with what it is given: "python", "torchrun --nproc_per_node=2".
         instruct: the checkpoint that learns.
         thinking: the teacher, where the recipe has one that is not the student itself.
-        labels: the stage whose answers are learnt.
+        labels: the stage whose answers are learnt; or a file of conversations, for the baseline of right answers.
         tasks: whose answers these are.
 
     Raises:
@@ -63,18 +63,23 @@ def build(
     if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
         raise LoopError("distill recipe: datasets: must be a list, whose first entry stands for the labels")
     resolved = copy.deepcopy(recipe)
-    inputs: dict[str, Source] = {"instruct": instruct, "labels": Output(labels, ANSWERS)}
+    inputs: dict[str, Source] = {"instruct": instruct}
+    if isinstance(labels, External):
+        inputs["labels"], files = labels, [slot("labels")]
+    else:
+        inputs["labels"] = Output(labels, ANSWERS)
+        files = [f"{slot('labels')}/samples_{task}_{DATE}.jsonl" for task in tasks]
     like, *further = resolved["datasets"]
     like = {key: value for key, value in like.items() if key not in ("path", "data_files", "ds_type", "split")}
     learnt = [
         {
             "path": slot("labels"),
             "ds_type": "json",
-            "data_files": [f"{slot('labels')}/samples_{task}_{DATE}.jsonl"],
+            "data_files": [file],
             "split": "train",
             **like,
         }
-        for task in tasks
+        for file in files
     ]
     resolved["datasets"] = learnt + further
     resolved["base_model"] = slot("instruct")
@@ -101,6 +106,13 @@ def build(
         wide=name != "python",
         whole_cpu=True,  # the loop waits for it, and what could run beside it is short
     )
+
+
+def untouched(recipe: Recipe) -> Recipe:
+    """A recipe that learns the answers with their traces: the baseline that shows what stripping them is worth."""
+    changed = copy.deepcopy(recipe)
+    changed["trace_stripping"] = {**(changed.get("trace_stripping") or {}), "strip": False}
+    return changed
 
 
 def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:

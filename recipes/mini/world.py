@@ -173,11 +173,17 @@ def build_untrained(folder: Path, corpus: list[str]) -> None:
 
 
 def main() -> None:
-    """Write the task data, the training data and the untrained checkpoint; everything follows from `SEED`."""
+    """Write the task data, the training data and the untrained checkpoint; everything follows from `SEED`.
+
+    And the right answers to the prompts, which one baseline alone reads.
+    """
+    gold = []
     for domain in DOMAINS:
         prompts = take(domain, "prompts", PROMPTS[domain])
+        gold += [chat(item, traced=False) for item in prompts]
         write_jsonl(TASKS / domain / "test.jsonl", test_rows(domain, TEST))
         write_jsonl(TASKS / domain / "prompts.jsonl", [{"question": item.question} for item in prompts])
+    write_jsonl(HERE / "gold.jsonl", gold)
     data = HERE / "build" / "data"
     train = {domain: take(domain, "train", 40_000, asked=EVENLY) for domain in DOMAINS}
     rng = random.Random(SEED)

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from made_runs import VERSIONS, inputs_for, planned, task, toy
 
-from harness.config import LoopConfig, load, read_recipes, recipes_folder
-from harness.plan import Step, commands, pinned
+from harness.config import ARMS, LoopConfig, load, read_recipes, recipes_folder
+from harness.plan import Step, commands, pinned, plan
 from harness.stages import External, Keys, Output, Recipe
 from harness.store import Known
 
@@ -345,3 +345,47 @@ def test_a_stage_that_reads_a_pinned_one_reads_that_one(shipped: LoopConfig) -> 
     every = {id(step.stage) for step in steps.values()}
     assert all(id(needed) in every for step in steps.values() for needed in step.stage.needs())
     assert "file_1" in steps[1, "distill"].stage.inputs
+
+
+def arms(shipped: LoopConfig, *names: str, seeds: tuple[int, ...] = (), iterations: int = 2) -> list[Step]:
+    config = shipped.model_copy(update={"arms": list(names), "seeds": list(seeds), "iterations": iterations})
+    return plan(config, inputs_for(config, gold=External("/came/gold.jsonl", "right answers")), iterations)
+
+
+def test_arms_share_every_stage_that_reads_the_same(shipped: LoopConfig) -> None:
+    steps = arms(shipped, "thinkswitch", "merge_only", "gold", "untouched")
+    keys = Keys(VERSIONS)
+    by = {(step.arm, step.iteration, step.name): keys[step.stage] for step in steps}
+    for arm in ("merge_only", "gold", "untouched"):
+        for who in ("instruct", "thinking"):
+            assert by[arm, 0, f"evaluate_{who}"] == by["thinkswitch", 0, f"evaluate_{who}"]
+    assert by["untouched", 1, "generate"] == by["thinkswitch", 1, "generate"]
+    assert by["untouched", 1, "distill"] != by["thinkswitch", 1, "distill"]
+    assert by["merge_only", 1, "evaluate_instruct"] == by["thinkswitch", 0, "evaluate_instruct"], "it learnt nothing"
+    alone = arms(shipped, "thinkswitch")
+    assert [keys[s.stage] for s in steps if s.arm == "thinkswitch"] == [keys[s.stage] for s in alone]
+
+
+def test_each_arm_puts_one_stage_otherwise(shipped: LoopConfig) -> None:
+    steps = arms(shipped, "thinkswitch", "merge_only", "gold", "untouched", "on_policy")
+    names = {arm: [s.name for s in steps if s.arm == arm and s.iteration == 2 and not s.checkpoint] for arm in ARMS}
+    assert names["thinkswitch"] == names["untouched"] == names["on_policy"] == ["generate", "distill", "reconstruct"]
+    assert names["gold"] == ["distill", "reconstruct"]
+    assert names["merge_only"] == []
+    learnt = {s.arm: s for s in steps if s.name == "distill" and s.iteration == 1}
+    assert recipe_of(learnt["untouched"])["trace_stripping"]["strip"] is False
+    assert "strip" not in recipe_of(learnt["thinkswitch"])["trace_stripping"]
+    assert recipe_of(learnt["gold"])["datasets"][0]["data_files"] == ["<<labels>>"]
+    assert learnt["gold"].stage.inputs["labels"] == External("/came/gold.jsonl", "right answers")
+    assert "on_policy_kl" in recipe_of(learnt["on_policy"])
+    (merged,) = [s.stage for s in steps if s.arm == "merge_only" and s.name == "reconstruct"]
+    assert merged.inputs["instruct"] == External("/came/instruct", "identity of instruct")
+
+
+def test_places_of_arms_and_seeds_never_meet(shipped: LoopConfig) -> None:
+    steps = arms(shipped, "thinkswitch", "untouched", seeds=(0, 1))
+    assert len({step.place for step in steps}) == len(steps)
+    assert steps[0].place == "iter_00/evaluate_instruct"
+    assert {step.part for step in steps} == {"", "untouched-0", "thinkswitch-1", "untouched-1"}
+    seeds = {s.seed: recipe_of(s)["seed"] for s in steps if s.name == "distill" and s.arm == "thinkswitch"}
+    assert seeds == {0: 0, 1: 1}

@@ -176,7 +176,7 @@ def test_a_stage_is_found_in_its_iteration_by_a_relative_link(tmp_path: Path) ->
     for key in ("distill-01", "distill-02"):
         (tmp_path / "runs/stages" / key).mkdir(parents=True)
         (tmp_path / "runs/stages" / key / "log.txt").write_text(key)
-        run.link(2, "distill", tmp_path / "runs/stages" / key)
+        run.link("iter_02/distill", tmp_path / "runs/stages" / key)
     place = tmp_path / "runs/mini/iter_02/distill"
     assert os.readlink(place) == "../../stages/distill-02"
     assert (place / "log.txt").read_text() == "distill-02"
@@ -188,19 +188,20 @@ def test_links_of_steps_that_are_no_more_are_dropped_and_nothing_else(tmp_path: 
     stage = tmp_path / "stages/x-01"
     stage.mkdir(parents=True)
     (stage / "log.txt").write_text("said")
-    places = {(1, "distill"), (1, "generate"), (2, "distill")}
-    for iteration, name in places:
-        run.link(iteration, name, stage)
+    places = ["iter_01/distill", "iter_01/generate", "iter_02/distill", "gold-1/iter_01/distill"]
+    for place in places:
+        run.link(place, stage)
     (tmp_path / "mini/iter_01/mine.txt").write_text("a person's own")
-    run.unlink_others({(1, "generate")})
+    run.unlink_others({"iter_01/generate"})
     assert sorted(os.listdir(tmp_path / "mini/iter_01")) == ["generate", "mine.txt"]
     assert not (tmp_path / "mini/iter_02").exists()
+    assert not (tmp_path / "mini/gold-1").exists()
     assert (stage / "log.txt").read_text() == "said"
 
 
 def test_a_folder_that_a_person_made_beside_the_iterations_is_left_alone(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    run.link(1, "distill", tmp_path)
+    run.link("iter_01/distill", tmp_path)
     (tmp_path / "iter_01").rename(tmp_path / "iter_01_before")
     run.unlink_others(set())
     assert os.listdir(tmp_path / "iter_01_before") == ["distill"]

@@ -213,7 +213,12 @@ def test_the_end_has_scores_times_cost_and_where_to_look(run: Run) -> None:
     done(run, 1, "distill")
     view.end(run, {"rows": ROWS, "verdict": ["instruct is better"], "wall_s": 65.0, "cost_usd": 0.02})
     text = text_of(view)
-    assert text.index("scores") < text.index("instruct is better") < text.index("time by stage") < text.index("1 min 05 s, 0.02 US dollars in all")
+    assert (
+        text.index("scores")
+        < text.index("instruct is better")
+        < text.index("time by stage")
+        < text.index("1 min 05 s, 0.02 US dollars in all")
+    )
     assert f"checkpoints, logs and scores: {run.folder.root}" in text
     assert f"to look at: {run.folder.report}" in text
     assert "TaH" not in text

@@ -42,6 +42,10 @@ class TraceStrippingConfig(BaseModel):
         le=1,
         description="Stop with an error if a larger share of a dataset's rows has no answer.",
     )
+    strip: bool = Field(
+        default=True,
+        description="False keeps the traces of the answers that have one, for a baseline: what is stripping worth?",
+    )
 
 
 class TraceStrippingArgs(BaseModel):

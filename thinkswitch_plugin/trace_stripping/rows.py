@@ -18,7 +18,7 @@ are kept: whatever else such a turn carries may be reasoning under another name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from thinkswitch_plugin.trace_stripping.trace import DEFAULT_TAGS, TagPairs, split_trace
@@ -58,13 +58,17 @@ class StrippedRow:
     kept: list[str]
 
 
-def strip_sample_row(row: Mapping[str, Any], layout: Layout, tags: TagPairs = DEFAULT_TAGS) -> Iterator[StrippedRow]:
+def strip_sample_row(
+    row: Mapping[str, Any], layout: Layout, tags: TagPairs = DEFAULT_TAGS, strip: bool = True
+) -> Iterator[StrippedRow]:
     """Make one answer-only conversation of each text that lm-eval logged for a prompt.
 
     Args:
         row: has `doc` (with `messages` and `trace_opened`) and `resps`, a list of lists of texts.
         layout: the names to write the messages with; the row's own are `role` and `content`.
         tags: as for `split_trace`.
+        strip: False leaves the answer as it came, after the opening tag that the prompt had given it; what has no
+            answer is dropped all the same.
 
     Yields:
         A conversation a text, in their order; one dropped as "no_response" where the row has no text at all.
@@ -82,6 +86,9 @@ def strip_sample_row(row: Mapping[str, Any], layout: Layout, tags: TagPairs = DE
     texts = [text for texts in row["resps"] or [] for text in texts or []]
     for text in texts:
         answer = _strip([{layout.role: "assistant", layout.content: text}], layout, opened, tags)
+        if not strip and not answer.dropped:
+            whole = text if not opened or text.lstrip().startswith(tags[0][0]) else f"{tags[0][0]}\n{text}"
+            answer = replace(answer, messages=[{layout.role: "assistant", layout.content: whole}], kept=[whole])
         yield StrippedRow(
             prompt.messages + answer.messages,
             prompt.dropped or answer.dropped,
@@ -92,13 +99,16 @@ def strip_sample_row(row: Mapping[str, Any], layout: Layout, tags: TagPairs = DE
         yield StrippedRow(prompt.messages, NO_RESPONSE, [], [])
 
 
-def strip_chat_row(row: Mapping[str, Any], layout: Layout, tags: TagPairs = DEFAULT_TAGS) -> StrippedRow:
+def strip_chat_row(
+    row: Mapping[str, Any], layout: Layout, tags: TagPairs = DEFAULT_TAGS, strip: bool = True
+) -> StrippedRow:
     """Strip every assistant turn of one conversation.
 
     Args:
         row: has a list of messages under `layout.messages`, and maybe `trace_opened`.
         layout: the names of the messages' parts.
         tags: as for `split_trace`.
+        strip: False leaves the turns as they came; what has no answer is dropped all the same.
 
     Returns:
         The conversation; dropped as "no_response" where it has no assistant turn at all.
@@ -113,6 +123,8 @@ def strip_chat_row(row: Mapping[str, Any], layout: Layout, tags: TagPairs = DEFA
     if not isinstance(opened, bool | None):
         raise ValueError(f"trace_opened is {opened!r}; say true or false, or leave it out")
     stripped = _strip(messages, layout, bool(opened), tags)
+    if not strip:
+        stripped = replace(stripped, messages=[dict(turn) for turn in messages], kept=stripped.read)
     if any(turn.get(layout.role) in layout.assistants for turn in messages):
         return stripped
     return StrippedRow(stripped.messages, NO_RESPONSE, [], [])

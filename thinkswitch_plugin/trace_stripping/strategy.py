@@ -107,7 +107,11 @@ class TraceStrippingStrategy(DatasetWrappingStrategy):
                 f"{layout.messages} (chat rows), only {', '.join(columns)}; set field_messages or log samples"
             )
         strip = partial(
-            _strip_batch, layout=layout, tags=self.config.tags, tokenizer=self.chat.tokenizer, path=self.path
+            _strip_batch,
+            layout=layout,
+            config=self.config,
+            tokenizer=self.chat.tokenizer,
+            path=self.path,
         )
         # A cached map is found again by the code's name, not by what the code does.
         return dataset.select_columns(needed).map(
@@ -173,7 +177,12 @@ def _layout(chat: ChatTemplateStrategy) -> Layout:
 
 
 def _strip_batch(
-    batch: dict[str, list[Any]], indices: list[int], layout: Layout, tags: Any, tokenizer: Any, path: str
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    layout: Layout,
+    config: TraceStrippingConfig,
+    tokenizer: Any,
+    path: str,
 ) -> dict[str, list[Any]]:
     names = list(batch)
     stripped: list[StrippedRow] = []
@@ -181,7 +190,10 @@ def _strip_batch(
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
         row = dict(zip(names, values, strict=True))
         try:
-            new = list(strip_sample_row(row, layout, tags)) if "resps" in row else [strip_chat_row(row, layout, tags)]
+            if "resps" in row:
+                new = list(strip_sample_row(row, layout, config.tags, config.strip))
+            else:
+                new = [strip_chat_row(row, layout, config.tags, config.strip)]
         except ValueError as error:
             raise ValueError(f"{PREFIX}: {path}: row {index + 1}: {error}") from None
         stripped += new

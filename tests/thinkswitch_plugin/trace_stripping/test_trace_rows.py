@@ -134,6 +134,19 @@ def test_an_instruct_checkpoints_answer_needs_no_trace() -> None:
     assert (answers(stripped.messages), stripped.dropped) == (["a"], None)
 
 
+def test_a_baseline_learns_the_answers_as_they_came_from_the_same_rows() -> None:
+    doc = {"messages": [{"role": "user", "content": "q"}], "trace_opened": True}
+    texts = ["so</think>\n\na", "<think>so</think>b", "cut off"]
+    left = list(strip_sample_row({"doc": doc, "resps": [texts]}, Layout(), strip=False))
+    assert [row.messages[-1]["content"] for row in left[:2]] == ["<think>\nso</think>\n\na", "<think>so</think>b"]
+    assert [row.dropped for row in left] == [None, None, "unclosed"]
+    assert left[0].kept == ["<think>\nso</think>\n\na"]
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>so</think>a"}]}
+    assert strip_chat_row(chat, Layout(), strip=False).messages == chat["messages"]
+    cut = {"messages": [{"role": "assistant", "content": "<think>so"}]}
+    assert strip_chat_row(cut, Layout(), strip=False).dropped == "unclosed"
+
+
 @pytest.mark.parametrize("resps", [[], [[]], None])
 def test_a_prompt_without_a_text_is_counted(resps: Any) -> None:
     assert [row.dropped for row in strip_sample_row(sample(resps), LAYOUT)] == ["no_response"]

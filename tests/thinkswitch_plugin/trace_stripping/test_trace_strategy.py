@@ -265,7 +265,10 @@ def test_a_bad_recipe_is_one_clear_line(tokenizer: Any, recipe: Any, entry: Any,
 @pytest.mark.parametrize(
     ("block", "says"),
     [
-        ({"max_droped": 1}, r"^trace_stripping.max_droped: Extra inputs .* \(keys: tags, max_dropped_fraction\)$"),
+        (
+            {"max_droped": 1},
+            r"^trace_stripping.max_droped: Extra inputs .* \(keys: tags, max_dropped_fraction, strip\)$",
+        ),
         ({"max_dropped_fraction": 1.5}, "^trace_stripping.max_dropped_fraction: .* less than or equal to 1"),
         ({"tags": [["<think>", "<think>"]]}, "^trace_stripping.tags: .* is not a pair of different tags"),
         ({"tags": "think"}, "^trace_stripping.tags: "),
@@ -338,7 +341,11 @@ def test_counts_are_written_when_training_starts_and_shown_of_a_set_prepared_bef
     caplog.clear()
     with caplog.at_level(logging.INFO), _propagating("axolotl"):
         for name, dataset in (("fresh", fresh), ("read_back", read_back)):
-            trainer = SimpleNamespace(train_dataset=dataset, is_world_process_zero=lambda: True)
+            trainer = SimpleNamespace(
+                train_dataset=dataset,
+                is_world_process_zero=lambda: True,
+                args=SimpleNamespace(world_size=1, gradient_accumulation_steps=1),
+            )
             TraceStrippingPlugin().post_trainer_create(cfg | {"output_dir": str(tmp_path / name)}, trainer)
     facts = [json.loads((tmp_path / name / "trace_stripping.json").read_text()) for name in ("fresh", "read_back")]
     assert facts[0] == facts[1]
@@ -388,6 +395,6 @@ def test_the_block_passes_axolotls_own_validation() -> None:
     from thinkswitch_plugin.trace_stripping import TraceStrippingArgs
 
     assert TraceStrippingArgs().model_dump() == {
-        "trace_stripping": {"tags": [("<think>", "</think>")], "max_dropped_fraction": 0.5}
+        "trace_stripping": {"tags": [("<think>", "</think>")], "max_dropped_fraction": 0.5, "strip": True}
     }
     assert TraceStrippingArgs(trace_stripping=None).trace_stripping is None
