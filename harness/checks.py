@@ -344,12 +344,22 @@ def check_processes(recipe: Mapping[str, Any], launcher: str) -> None:
         )
 
 
-def check_accelerator(recipes: Mapping[str, Mapping[str, Any]], there: bool) -> None:
-    """Recipes made for an accelerator, where there is one.
+def check_accelerator(recipes: Mapping[str, Mapping[str, Any]], there: bool, bf16: bool = True) -> None:
+    """Recipes made for an accelerator, where there is one that does what they ask for.
+
+    Args:
+        recipes: by the name they have in loop.yml.
+        there: whether there is an accelerator.
+        bf16: whether it computes in bfloat16.
 
     Raises:
-        LoopError: naming the setting of the first that asks for one that is not `there`.
+        LoopError: naming the setting of the first that asks for what is not there.
     """
+    if there and not bf16 and recipes.get("distill", {}).get("bf16") is True:
+        raise LoopError(
+            "distill recipe: bf16: true: this card is older than Ampere and has no bfloat16; "
+            "--set distill.bf16=auto takes float16"
+        )
     for name, recipe in recipes.items() if not there else ():
         asked = ""
         if str(recipe.get("device", "")).startswith("cuda"):

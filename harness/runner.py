@@ -328,6 +328,13 @@ def nvml_handles() -> list[Any]:
         return []
 
 
+def has_bf16() -> bool:
+    """Whether every NVIDIA GPU here computes in bfloat16, as they do since Ampere; others do not tell."""
+    import pynvml
+
+    return all(pynvml.nvmlDeviceGetCudaComputeCapability(handle)[0] >= 8 for handle in nvml_handles())
+
+
 def gpu_memory_mb(pids: set[int]) -> float:
     """What these processes hold on all GPUs, in MiB."""
     import pynvml

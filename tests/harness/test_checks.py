@@ -380,8 +380,11 @@ def test_and_what_would_is_not(recipe: dict[str, Any], launcher: str) -> None:
         ),
     ],
 )
-def test_a_recipe_made_for_a_card_is_refused_where_there_is_none(recipes: dict[str, Any], said: str) -> None:
+def test_a_recipe_made_for_a_card_is_refused_where_there_is_none_such(recipes: dict[str, Any], said: str) -> None:
     with pytest.raises(LoopError, match=said):
         checks.check_accelerator(recipes, there=False)
     checks.check_accelerator(recipes, there=True)
+    checks.check_accelerator({"distill": {"bf16": "auto"}}, there=True, bf16=False)
+    with pytest.raises(LoopError, match=r"bf16: true: this card is older .*--set distill\.bf16=auto"):
+        checks.check_accelerator({"distill": {"bf16": True}}, there=True, bf16=False)
     checks.check_accelerator({"distill": {"bf16": False}, "generate": {"device": "cpu"}}, there=False)
