@@ -82,6 +82,15 @@ def frontier(task: str, rows: Sequence[Row]) -> str:
     return svg({"title": f"{task} by tokens", "layer": layers, "encoding": {"x": x, "y": y, "color": WHO}}, rows)
 
 
+def dial(task: str, rows: Sequence[Row]) -> str:
+    """Accuracy and closed traces of the rebuilt thinking checkpoint by t; rows: t, share, what."""
+    x = {"field": "t", "type": "quantitative", "title": "t", "axis": {"grid": False}}
+    y = {"field": "share", "type": "quantitative", "title": None, "axis": SHARE, "scale": {"domain": [0, 1]}}
+    what = {"field": "what", "type": "nominal", "scale": {"range": [COLOURS["thinking"], "#0d9488"]}}
+    mark = {"type": "line", "point": {"filled": True, "size": 40}}
+    return svg({"title": f"{task}: the dial", "mark": mark, "encoding": {"x": x, "y": y, "color": what}}, rows)
+
+
 def curve(title: str, rows: Sequence[Row]) -> str:
     """What a trainer logged, by step, a line an iteration; rows: step, value, iteration."""
     x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"grid": False}}

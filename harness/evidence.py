@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from harness.stats import Estimate, Paired
 
 Row = Mapping[str, Any]
 SURE = 1 - stats.LEVEL
+CLIFF = 0.3  # of closed traces, lost between one t and the next
 
 
 class Who(NamedTuple):
@@ -292,6 +294,80 @@ def figures(rows: Sequence[Row]) -> list[Figures]:
         each = stats.per_correct(written, scores) if written else Estimate(math.nan, math.nan, math.nan)
         found.append(Figures(who, task, moved, each))
     return found
+
+
+class Point(NamedTuple):
+    """One task at one t.
+
+    Attributes:
+        t: weight of the instruct checkpoint.
+        task: its name.
+        accuracy: with its interval.
+        closed: share of answers that closed their trace.
+        tokens: of an answer; None where they were not counted.
+        agreement: share of questions with the score that the anchor has.
+    """
+
+    t: float
+    task: str
+    accuracy: Estimate
+    closed: float
+    tokens: float | None
+    agreement: float
+
+
+def dial(rows: Sequence[Row], anchor: Sequence[Row]) -> list[Point]:
+    """What each t came to.
+
+    Args:
+        rows: outcomes of the dial.
+        anchor: outcomes of the run it belongs to; its thinking checkpoint of iteration 0 is the anchor.
+    """
+    came = {
+        (row["task"], row["question"]): row["score"]
+        for row in first_seed(anchor)
+        if (row["iteration"], row["checkpoint"]) == (0, "thinking")
+    }
+    found = []
+    for (who, task), by_question in by_checkpoint(rows).items():
+        mine = list(by_question.values())
+        scores = [row["score"] for row in mine]
+        low, high = stats.interval(scores)
+        answers = sum(row["answers"] for row in mine)
+        written = tokens(mine)
+        alike = [
+            row["score"] == came[task, question] for question, row in by_question.items() if (task, question) in came
+        ]
+        found.append(
+            Point(
+                float(who.arm.removeprefix("t=")),
+                task,
+                Estimate(stats.mean(scores), low, high),
+                sum(row["closed"] for row in mine) / answers,
+                sum(written) / answers if written else None,
+                stats.mean(alike) if alike else float("nan"),
+            )
+        )
+    return sorted(found, key=lambda point: (point.task, point.t))
+
+
+def cliffs(found: Sequence[Point]) -> list[str]:
+    """Where closing stops, a sentence a task."""
+    said = []
+    for task in dict.fromkeys(point.task for point in found):
+        mine = [point for point in found if point.task == task]
+        falls = [(before.closed - after.closed, before, after) for before, after in pairwise(mine)]
+        steepest = max(falls, default=None, key=lambda fall: fall[0])
+        if steepest and steepest[0] >= CLIFF:
+            _, before, after = steepest
+            said.append(
+                f"{task}: the cliff lies between t = {before.t:g}, where {before.closed:.0%} of the traces close, and "
+                f"t = {after.t:g}, where {after.closed:.0%} do"
+            )
+        else:
+            least = min(mine, key=lambda point: point.closed)
+            said.append(f"{task}: no cliff; the fewest traces close at t = {least.t:g}, {least.closed:.0%}")
+    return said
 
 
 def tokens(rows: Iterable[Row]) -> list[float]:

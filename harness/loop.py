@@ -380,22 +380,28 @@ def write_recipes(run: Run, stage: Stage) -> dict[str, str]:
     return paths
 
 
-def go(run: Run, view: View, runner: Runner | None = None) -> dict[str, Any]:
+def go(run: Run, view: View, runner: Runner | None = None, told: bool = True) -> dict[str, Any]:
     """Do what is left of a run; returns what `results.json` holds.
 
     Args:
         run: as it was prepared.
         view: is told what happens.
         runner: one that was started already; else one is, if there is anything to do.
+        told: say at the end how it went, and write the run's page.
 
     Raises:
         LoopError: with what went wrong; what was finished stays finished.
     """
     with run.folder.alive():
-        return _carried_out(run, view, runner)
+        published = _carried_out(run, view, runner)
+        results = published.write()
+        if told:
+            reported(run)
+            view.end(run, results, evidence.arms(list(published.questions())))
+        return results
 
 
-def _carried_out(run: Run, view: View, runner: Runner | None) -> dict[str, Any]:
+def _carried_out(run: Run, view: View, runner: Runner | None) -> Published:
     todo = pending(run)
     if todo:
         asked = {stage.kind.name: stage.recipes.get(RECIPE, {}) for stage in todo.values()}
@@ -437,10 +443,7 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> dict[str, Any]:
                 run.folder.tick(at_once=True)
                 view.close()
             run.folder.note(preload_s=runner.preload_s, busy_s=runner.busy_s)
-    results = published.write()
-    reported(run)
-    view.end(run, results, evidence.arms(list(published.questions())))
-    return results
+    return published
 
 
 def reported(run: Run) -> None:

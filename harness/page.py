@@ -18,12 +18,14 @@ from harness.stats import Estimate
 from harness.view import (
     ARM_HEADS,
     COMPARISON_HEADS,
+    DIAL_HEADS,
     KIND_HEADS,
     PASS_HEADS,
     arm_cells,
     change,
     clock,
     comparison_cells,
+    dial_cells,
     in_order,
     kind_cells,
     of_first,
@@ -53,7 +55,7 @@ def page(reports: Sequence[Report]) -> str:
     shown = []
     for report in reports:
         whole = picture(report)
-        for kind in ("by_iteration", "frontier", "curves"):
+        for kind in ("by_iteration", "frontier", "dial", "curves"):
             whole[kind] = [Markup(drawn) for drawn in whole[kind]]  # Vega escapes what it draws
         shown.append(whole)
     title = ", ".join(report.name for report in reports)
@@ -94,6 +96,7 @@ def picture(report: Report) -> dict[str, Any]:
         "by_iteration": [charts.by_iteration(task, mine) for task, mine in by_task.items()],
         "frontier": [charts.frontier(task, mine) for task, mine in counted.items() if mine],
         "tables": list(tables(report, rows)),
+        "dial": [charts.dial(task, mine) for task, mine in by_t(report).items()],
         "curves": [charts.curve(title, logged) for title, logged in report.curves.items()],
         "questions": report.questions,
         "settings": "\n".join(f"{key}: {value}" for key, value in settings.items()),
@@ -124,6 +127,15 @@ def cards(report: Report) -> list[dict[str, str]]:
     found.append({"what": "time", "value": clock(report.wall_s), "more": cost or memory})
     if cost:
         found.append({"what": "memory", "value": memory, "more": "at its peak"})
+    return found
+
+
+def by_t(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """What the dial's chart shows, by task: accuracy and closed traces at each t."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for point in report.dial:
+        for what, share in (("accuracy", point.accuracy.value), ("closed traces", point.closed)):
+            found.setdefault(point.task, []).append({"t": point.t, "share": share, "what": what})
     return found
 
 
@@ -160,6 +172,14 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "heads": ARM_HEADS,
             "rows": arm_cells(report.arms),
             "texts": 3,
+        },
+        {
+            "id": "dial",
+            "title": "The dial",
+            "note": " ".join(f"{line}." for line in evidence.cliffs(report.dial)),
+            "heads": DIAL_HEADS,
+            "rows": dial_cells(report.dial),
+            "texts": 1,
         },
         {
             "id": "scores",

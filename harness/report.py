@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from harness import asking, evidence, outcomes
 from harness.errors import LoopError, StageError
-from harness.evidence import Arm, Comparison, Figures
+from harness.evidence import Arm, Comparison, Figures, Point
 from harness.files import disk_errors, read_json
 from harness.rundir import RunDir, place_of
 from harness.store import Store
@@ -60,6 +60,7 @@ class Report:
         rows: of results.json.
         comparisons: the last iteration against the pair as it came.
         arms: what came of each, where there are several arms or seeds.
+        dial: the thinking checkpoint at other t, where `ts-loop dial` was run.
         figures: transfer ratio and tokens for each right answer.
         stages: (iteration, name, record) of what is done, in the plan's order.
         missing: "iter_02/distill" of what is not.
@@ -74,6 +75,7 @@ class Report:
     rows: list[dict[str, Any]]
     comparisons: list[Comparison]
     arms: list[Arm]
+    dial: list[Point]
     figures: list[Figures]
     stages: list[tuple[int, str, dict[str, Any]]]
     missing: list[str]
@@ -106,6 +108,7 @@ def gather(out: Path, name: str) -> Report:
         rows=results["rows"],
         comparisons=evidence.gains(asked),
         arms=evidence.arms(asked),
+        dial=evidence.dial(evidence.read(turned), asked) if (turned := out / f"{name}.dial").is_dir() else [],
         figures=evidence.figures(asked),
         stages=done,
         missing=[place_of(step) for step, record in records if not record],

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness import runner
-from harness.evidence import Arm, Comparison
+from harness.evidence import Arm, Comparison, Point
 from harness.outcomes import Row
 from harness.plan import Step
 from harness.stages import Stage
@@ -292,6 +292,35 @@ def table(rows: Sequence[Row], title: str = "scores") -> Table:
 def points(estimate: Estimate) -> str:
     """A gain in points, with its interval."""
     return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+
+
+DIAL_HEADS = ("task", "t", "accuracy", "95 % interval", "closed", "tokens", "as the anchor")
+
+
+def dial_cells(found: Sequence[Point]) -> list[list[str]]:
+    """What each t came to, for the table and the page."""
+    return [
+        [
+            point.task,
+            f"{point.t:g}",
+            f"{point.accuracy.value:.1%}",
+            f"{100 * point.accuracy.low:.1f}–{100 * point.accuracy.high:.1f}",
+            f"{point.closed:.0%}",
+            "" if point.tokens is None else f"{point.tokens:,.1f}",
+            "" if math.isnan(point.agreement) else f"{point.agreement:.0%}",
+        ]
+        for point in found
+    ]
+
+
+def dial_table(found: Sequence[Point]) -> Table:
+    """The thinking checkpoint at each t."""
+    result = Table(title="the dial", title_justify="left")
+    for head in DIAL_HEADS:
+        result.add_column(head, justify="left" if head == "task" else "right")
+    for line in dial_cells(found):
+        result.add_row(*line)
+    return result
 
 
 ARM_HEADS = ("task", "checkpoint", "arm", "accuracy", "over the pair, points", "p", "over the first arm, points", "p")

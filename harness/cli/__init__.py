@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from harness.cli import compare, gc, init, logs, loop, plan, report, status, think_map
+from harness.cli import compare, dial, gc, init, logs, loop, plan, report, status, think_map
 from harness.errors import LoopError, Stopped
 
 EPILOG = """\b
@@ -49,6 +49,7 @@ command = click.Group(
         logs.command,
         report.command,
         compare.command,
+        dial.command,
         gc.command,
         think_map.command,
     ],

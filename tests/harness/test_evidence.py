@@ -81,6 +81,57 @@ def test_figures_of_each_checkpoint() -> None:
     assert math.isnan(uncounted[0].per_correct.value)
 
 
+def test_seeds_are_one_checkpoint_whose_questions_are_not_counted_twice() -> None:
+    seeds = [*asked("0011"), *asked("0101", seed=1), *asked("1111", iteration=1), *asked("1101", seed=1, iteration=1)]
+    (gain,) = evidence.gains(seeds)
+    assert gain.test.n == 4
+    assert gain.scores == pytest.approx((0.5, 0.875))
+    assert gain.tokens.value == 1.0
+
+
+def test_arms_are_held_against_the_pair_and_against_the_first() -> None:
+    first = {"arm": "thinkswitch"}
+    rows = [
+        *asked("0" * 20 + "1" * 10, **first),
+        *asked("0" * 5 + "1" * 25, **first, iteration=2),
+        *asked("0" * 20 + "1" * 10, arm="merge_only"),
+        *asked("0" * 20 + "1" * 10, arm="merge_only", iteration=1),
+    ]
+    assert [one.after.arm for one in evidence.gains(rows)] == ["thinkswitch"]
+    ours, merged = evidence.arms(rows)
+    assert (ours.who.iteration, ours.beside) == (2, None)
+    assert ours.gain
+    assert (ours.gain.test.gained, ours.gain.p) == (15, pytest.approx(2 * 2**-15 * 2))
+    assert merged.gain
+    assert merged.beside
+    assert (merged.gain.p, merged.beside.test.lost) == (1.0, 15)
+    assert math.isnan(ours.accuracy.low), "one seed has no interval over seeds"
+    seeds = [*rows, *[{**row, "seed": 1, "score": 1.0} for row in rows]]
+    assert evidence.arms(seeds)[0].accuracy.low < evidence.arms(seeds)[0].accuracy.value
+    assert evidence.arms(asked("01")) == []
+
+
+def turned(t: float, scores: str, closed: int, task: str = "sums") -> list[dict[str, Any]]:
+    rows = asked(scores, run="mine.dial", arm=f"t={t:g}", iteration=1, checkpoint="thinking", task=task)
+    return [{**row, "closed": int(at < closed)} for at, row in enumerate(rows)]
+
+
+def test_the_dial_names_the_cliff() -> None:
+    anchor = asked("1" * 9 + "0", checkpoint="thinking")
+    rows = [*turned(0.5, "0" * 10, 1), *turned(0.0, "1" * 9 + "0", 10), *turned(0.25, "1" * 8 + "00", 9)]
+    points = evidence.dial(rows, anchor)
+    assert [(point.t, point.closed, point.agreement) for point in points] == [
+        (0.0, 1.0, 1.0),
+        (0.25, 0.9, 0.9),
+        (0.5, 0.1, 0.1),
+    ]
+    assert points[0].accuracy.value == 0.9
+    says = "sums: the cliff lies between t = 0.25, where 90% of the traces close, and t = 0.5, where 10% do"
+    assert evidence.cliffs(points) == [says]
+    assert evidence.cliffs(points[:2]) == ["sums: no cliff; the fewest traces close at t = 0.25, 90%"]
+    assert evidence.cliffs([]) == []
+
+
 def test_a_checkpoint_is_named_by_run_kind_and_iteration(tmp_path: Path) -> None:
     lasting(RUN, tmp_path / "mine")
     names = {"mine": (2, "instruct"), "mine@1": (1, "instruct"), "mine:thinking": (2, "thinking")}

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from small import Ran, prepared, run_here, small_loop, ts_loop
 
-from harness import loop
+from harness import dial, evidence, loop, report
 from harness.errors import LoopError, StageError
 from harness.files import digest
 from harness.plan import Step, plan
@@ -46,6 +46,29 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
+# --- what a finished run is asked afterwards ---
+
+
+def test_the_dial_turns_the_last_iteration_s_t_and_trains_nothing(
+    copied: tuple[Path, Path], runner: LocalRunner
+) -> None:
+    out, _ = copied
+    before = {path.name for path in (out / "stages").iterdir()}
+    turned = dial.prepare(out, "small", [0.0, 0.1])
+    loop.go(turned, View(quiet=True), runner, told=False)
+    made = {path.name.partition("-")[0] for path in (out / "stages").iterdir() if path.name not in before}
+    assert made == {"reconstruct", "evaluate"}
+    run = out / "small"
+    found = {point.t: point for point in evidence.dial(evidence.read(out / "small.dial"), evidence.read(run))}
+    assert set(found) == {0.0, 0.1}
+    assert found[0.0].agreement == 1.0, "at t = 0 it is the anchor"
+    # The run's own t is 0.1: what it rebuilt and tested is found again, not done again.
+    (again,) = [step for step in turned.steps if step.arm == "t=0.1" and step.checkpoint]
+    noted = json.loads((run / "run.json").read_text())["steps"]
+    assert turned.keys[again.stage] in {step["key"] for step in noted}
+    assert "the dial" in (report.write(out, ["small"])).read_text().lower()
+
+
 # --- from outside ---
 
 
@@ -68,7 +91,7 @@ def test_results_are_summed_up_from_one_row_a_question(finished: tuple[Path, Pat
         mine = [q for q in questions if all(q[key] == row[key] for key in ("iteration", "checkpoint", "task"))]
         assert len({q["question"] for q in mine}) == len(mine) == row["n"]
         assert sum(q["score"] for q in mine) == row["correct"]
-        assert {(q["run"], q["arm"], q["seed"]) for q in mine} == {("small", "answers", 42)}
+        assert {(q["run"], q["arm"], q["seed"]) for q in mine} == {("small", "thinkswitch", 42)}
     # The same questions are asked of both checkpoints, before and after: they can be paired.
     asked = {(q["iteration"], q["checkpoint"]): set() for q in questions}
     for q in questions:

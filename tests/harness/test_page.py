@@ -90,7 +90,7 @@ def reported(rows: list[dict[str, Any]] = ROWS, **changes: Any) -> Report:
         (0, "evaluate_instruct", {**cost, "key": "evaluate-01", "commands": [["lm_eval", "run"]]}),
         (0, "evaluate_thinking", {**cost, "key": "evaluate-02", "wall_s": 4.0, "commands": [["lm_eval", "<x>", "&y"]]}),
     ]
-    made = Report("mine", rows, [], [], [], stages, [], {}, [], {}, 65.0, 0.02)
+    made = Report("mine", rows, [], [], [], [], stages, [], {}, [], {}, 65.0, 0.02)
     return replace(made, **changes)
 
 

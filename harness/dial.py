@@ -1,0 +1,119 @@
+"""The dial: the thinking checkpoint of a finished run rebuilt at other t, and tested; nothing is trained.
+
+Merges of a thinking and an instruct checkpoint stop closing their traces somewhere, abruptly (arXiv 2510.10977): t is a
+dial with a cliff, and this shows where. A dial is a run of its own, RUN.dial, whose stages are the run's last
+reconstruct and evaluate with another t: what a run with that t would do has the same keys and is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import asking
+from harness.config import LoopConfig
+from harness.errors import LoopError
+from harness.loop import Run, check_pair, versions
+from harness.plan import Step
+from harness.rundir import RunDir, place_of
+from harness.stages import RECIPE, External, Keys, Output, Source, Stage, evaluate, reconstruct
+from harness.store import Store
+
+MOST = 101  # values
+
+
+def values(text: str) -> list[float]:
+    """ "0:1:0.25" as [0, 0.25, 0.5, 0.75, 1], "0.1,0.3" as it stands.
+
+    Raises:
+        LoopError: if it is neither, or a t is outside 0 to 1.
+    """
+    try:
+        if ":" in text:
+            low, high, step = map(float, text.split(":"))
+            count = round((high - low) / step) if step else 0
+            if not 0 < count < MOST or abs(low + count * step - high) > 1e-9:
+                raise ValueError
+            found = [round(low + number * step, 6) for number in range(count + 1)]
+        else:
+            found = [float(part) for part in text.split(",")]
+    except (ValueError, OverflowError):
+        raise LoopError(
+            f"--t {text}: write FROM:TO:STEP, such as 0:1:0.1, or values with commas between them"
+        ) from None
+    if outside := [t for t in found if not 0 <= t <= 1]:
+        raise LoopError(f"--t {text}: {outside[0]:g} is outside 0 (thinking) to 1 (instruct)")
+    return list(dict.fromkeys(found))
+
+
+def prepare(out: Path, name: str, ts: Sequence[float]) -> Run:
+    """Plan the dial of a run.
+
+    Raises:
+        LoopError: the run has rebuilt nothing yet, or by a recipe that has no one t.
+    """
+    store, noted = Store(out / "stages"), RunDir(out / name).noted()
+    if not noted:
+        raise LoopError(f"{out / name}: no such run; see ts-loop status")
+    config = LoopConfig.model_validate(noted["asked"])
+    steps = [step for step in noted["steps"] if place_of(step).startswith("iter_") and store.record(step["key"])]
+    done = {(step["name"], step["iteration"]): step["reads"] for step in steps}
+    last = max((iteration for step, iteration in done if step == "reconstruct"), default=0)
+    if not last or ("evaluate_thinking", last) not in done:
+        raise LoopError(f"{name}: no iteration of it is whole yet; a dial turns the last one's t")
+    pair, _ = check_pair(config)
+    here = {
+        "anchor": pair["thinking"],
+        "thinking": pair["thinking"],
+        "instruct": pair["instruct"],
+        "include_path": config.include_path,
+    }
+
+    def inputs(reads: Mapping[str, Any]) -> dict[str, Source]:
+        found: dict[str, Source] = {}
+        for what, identity in reads["inputs"].items():
+            key, _, inside = identity.partition("/")
+            path = store.folder(key) / inside if inside and store.record(key) else here.get(what)
+            if path is None or not Path(path).exists():
+                raise LoopError(
+                    f"{name}: what it read as {what} is not here any more; run its command again, then dial"
+                )
+            found[what] = External(str(path), identity)
+        return found
+
+    rebuilt, tested = done["reconstruct", last], done["evaluate_thinking", last]
+    recipe = rebuilt["recipes"][RECIPE]
+    parameters = recipe.get("parameters") or {}
+    if recipe.get("merge_method") not in reconstruct.HAS_T or not isinstance(parameters.get("t"), int | float):
+        raise LoopError(f"{name}: its reconstruct recipe has no one t to turn")
+    plan = []
+    for t in ts:
+        merge = Stage(
+            reconstruct.KIND,
+            {RECIPE: {**recipe, "parameters": {**parameters, "t": t}}},
+            tuple(map(tuple, rebuilt["commands"])),
+            inputs(rebuilt),
+            device="cpu",
+        )
+        asks = tested["recipes"][RECIPE]
+        checkpoint: dict[str, Source] = {"checkpoint": Output(merge, reconstruct.CHECKPOINT)}
+        others = {key: value for key, value in tested["inputs"].items() if key != "checkpoint"}
+        test = Stage(
+            evaluate.KIND,
+            {RECIPE: asks},
+            tuple(map(tuple, tested["commands"])),
+            {**checkpoint, **inputs({"inputs": others})},
+            tasks=tested["tasks"],
+            scratch=(asking.NF4_COPY,),
+            device=asking.device_of(asks),
+            wide=asking.is_wide(asks),
+        )
+        where = (f"t={t:g}", config.seed, f"t_{t:g}")
+        plan += [
+            Step(last, "reconstruct", merge, "", *where),
+            Step(last, "evaluate_thinking", test, "thinking", *where),
+        ]
+    named = config.model_copy(update={"name": f"{name}.dial"})
+    keys = Keys(versions(tuple(dict.fromkeys(tool for step in plan for tool in step.stage.kind.tools))))
+    return Run(named, RunDir(out / named.name), store, plan, plan, keys, pair)
