@@ -195,26 +195,26 @@ def file_bytes(folder: Path) -> float:
 
 def mends(recipe: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What makes a training smaller, the mildest first, each on top of those before: as typed, and the recipe then."""
-    now: dict[str, Any] = dict(recipe)
-    block = now.get("on_policy_kl")
-    changes: list[tuple[str, Any]] = []
+    block = recipe.get("on_policy_kl") or {}
+    longest = int(recipe.get("sequence_len") or 2048)
+    wanted: list[tuple[str, Any]] = []
     if block:
-        changes += [("on_policy_kl.update_batch_size", 1)] if block.get("update_batch_size") != 1 else []
-        per = int(block.get("rollouts_per_prompt") or 1)
-        changes += [("on_policy_kl.rollout_batch_size", per)] if block.get("rollout_batch_size") != per else []
-        changes += [("on_policy_kl.teacher_load_in_4bit", True)] if block.get("teacher", "self") != "self" else []
-    changes += [("micro_batch_size", 1)] if int(now.get("micro_batch_size") or 1) > 1 else []
-    changes += [("gradient_checkpointing", True)] if not now.get("gradient_checkpointing") else []
-    if now.get("adapter") == "lora":
-        changes.append(("load_in_4bit", True))
-    longest = int(now.get("sequence_len") or 2048)
-    changes += [("sequence_len", longest // cut) for cut in (2, 4, 8)]
-    typed: list[str] = []
-    for key, value in changes:
+        wanted += [("on_policy_kl.update_batch_size", 1)]
+        wanted += [("on_policy_kl.rollout_batch_size", int(block.get("rollouts_per_prompt") or 1))]
+    if block.get("teacher", "self") != "self":
+        wanted += [("on_policy_kl.teacher_load_in_4bit", True)]
+    wanted += [("micro_batch_size", 1), ("gradient_checkpointing", True)]
+    if recipe.get("adapter") in ("lora", "qlora"):
+        wanted += [("load_in_4bit", True)]
+    wanted += [("sequence_len", longest * part // 8) for part in (7, 6, 5, 4, 3, 2, 1)]
+    now, typed = dict(recipe), dict[str, Any]()
+    for key, value in wanted:
         first, _, inner = key.partition(".")
+        if (now.get(first) or {}).get(inner) == value if inner else now.get(first) == value:
+            continue
         now = {**now, first: {**now[first], inner: value} if inner else value}
-        typed = [text for text in typed if not text.startswith(f"{key}=")] + [f"{key}={str(value).lower()}"]
-        yield " ".join(typed), now
+        typed[key] = value
+        yield " ".join(f"{name}={str(to).lower()}" for name, to in typed.items()), now
 
 
 def mended(recipe: dict[str, Any], length: Length, card: Card, floor: float, cache: Path) -> str:

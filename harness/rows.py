@@ -4,7 +4,7 @@
 
 `rows` is how many there are; `prompt`, `answer` and `context` are tokens of the longest: what carries no loss, what
 does, and what an on-policy teacher reads. `hard` is the share of answer tokens that `axolotl tah-label` found hard,
-null where it was not asked. Knows Axolotl's data sets. In a process of its own, which takes what Axolotl's imports take.
+null where it was not asked. Knows Axolotl's data sets. In a process of its own, as Axolotl's imports take their time.
 """
 
 from __future__ import annotations
