@@ -1,0 +1,98 @@
+"""What stages take, by arithmetic: ceilings of rows, what mends a recipe, what an answer's cache takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.card import of_size
+from harness.config import read_yaml
+from harness.estimate import (
+    Speed,
+    answer_tokens,
+    asking_memory,
+    asking_mend,
+    asking_seconds,
+    ceilings,
+    mends,
+    training_memory,
+    training_seconds,
+)
+from harness.footprint import DEPTHS, Footprint, extrapolated
+from harness.shape import of_config
+from tests.harness.test_shape import QWEN3_4B
+
+CARD = of_size(8)
+
+
+def test_rows_are_as_long_as_the_recipe_lets_them_be(recipes: Path):
+    distil = ceilings(read_yaml(recipes / "instruct_distill.yml"))
+    assert (distil.prompt + distil.answer, distil.measured) == (256, False)
+    on_policy = ceilings({"sequence_len": 3072, "on_policy_kl": {"max_new_tokens": 1024, "context": "trace"}})
+    assert (on_policy.prompt, on_policy.answer, on_policy.context) == (2048, 1024, 2048 + 2048)
+
+
+def test_figures_go_on_along_a_straight_line_over_layers():
+    low, high = (Footprint(10 + n, 2 * n, 3 * n, 0, 100 + 7 * n) for n in DEPTHS)
+    assert extrapolated(low, high, 36) == Footprint(10 + 36, 72, 108, 0, 100 + 7 * 36)
+
+
+def test_an_answer_of_the_4b_takes_its_weights_and_its_cache():
+    parts = asking_memory({"batch_size": 1}, of_config(QWEN3_4B), 16_384, True, CARD, 0.0)
+    assert parts["weights"] == pytest.approx(2.65e9, rel=0.01)
+    assert parts["cache"] == pytest.approx(16_384 * 147_456 * (1 + 2 / 36))
+    assert sum(parts.values()) < CARD.memory
+
+
+def test_what_does_not_fit_is_mended_by_what_then_fits():
+    shape, recipe = of_config(QWEN3_4B), {"batch_size": 4, "model_args": {"dtype": "bfloat16"}}
+    assert sum(asking_memory(recipe, shape, 16_384, False, CARD, 0.0).values()) > CARD.memory
+    assert asking_mend(recipe, shape, 16_384, False, CARD, 0.0) == "nf4=true batch_size=1"
+    assert asking_mend(recipe, shape, 16_384, False, of_size(1), 0.0) == ""
+
+
+def test_a_training_is_mended_mildest_first_and_by_nothing_that_it_says_already(recipes: Path):
+    found = list(mends(read_yaml(recipes / "qwen3_4b" / "on_policy_kl.yml")))
+    first, changed = found[0]
+    assert first.startswith("sequence_len=")
+    assert changed["sequence_len"] < read_yaml(recipes / "qwen3_4b" / "on_policy_kl.yml")["sequence_len"]
+    plain = [typed for typed, _ in mends({"adapter": "lora", "micro_batch_size": 4, "sequence_len": 800})]
+    assert plain[:3] == [
+        "micro_batch_size=1",
+        "micro_batch_size=1 gradient_checkpointing=true",
+        "micro_batch_size=1 gradient_checkpointing=true load_in_4bit=true",
+    ]
+    assert plain[-1].endswith("sequence_len=100")
+
+
+@pytest.mark.parametrize(("peak", "holds"), [(30, "the file they are read from"), (300, "kept by the heap")])
+def test_on_a_cpu_the_peak_is_the_larger_of_loading_and_training(tmp_path: Path, peak: int, holds: str):
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 40)
+    found = Footprint(weights=20, states=4, trained=1, ragged=8, step=peak)
+    parts = training_memory({"base_model": str(tmp_path)}, found, CARD._replace(gpu=False), floor=1000)
+    expected = {"the file they are read from": 20 + 40, "kept by the heap": 4 + peak + 0.75 * 8}[holds]
+    assert sum(parts.values()) == pytest.approx(1000 + expected)
+    assert holds in parts
+
+
+def test_time_and_tokens_are_counted_as_at_most():
+    speed = Speed(step=1.0, token=0.01, decode=0.5)
+    row = ceilings({"sequence_len": 100})
+    seconds, tokens = training_seconds({"micro_batch_size": 2, "num_epochs": 3}, row, 10, speed)
+    assert (seconds, tokens) == (pytest.approx(15 * (1 + 2 * 100 * 0.01)), 15 * 200)
+    capped, _ = training_seconds({"micro_batch_size": 2, "max_steps": 1}, row, 10, speed)
+    assert capped == pytest.approx(1 + 2 * 100 * 0.01)
+    assert asking_seconds({"batch_size": 4}, [(10, 100), (3, 50)], 0.5) == ((3 * 100 + 50) * 0.5, 1150)
+
+
+def test_an_answers_length_is_the_recipes_else_the_tasks_else_lm_evals():
+    said: dict[str, Any] = {"gen_kwargs": {"max_gen_toks": 7}}
+    assert [answer_tokens(said, 5), answer_tokens({}, 5), answer_tokens({}, None)] == [7, 5, 256]
+
+
+def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path):
+    from harness.estimate import file_bytes
+
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    assert file_bytes(tmp_path) == of_config(QWEN3_4B).weights_bytes(nf4=False)
