@@ -421,7 +421,7 @@ def test_a_kind_of_stage_is_one_module_and_one_line_of_the_plan(
         "compact",
         "instruct is put in NF4",
         ("transformers", "bitsandbytes"),
-        read=lambda folder, stage: {"mb": sum(p.stat().st_size for p in (folder / "small").iterdir()) / 1e6},
+        read=lambda folder, stage, tokenizer: {"mb": sum(p.stat().st_size for p in (folder / "small").iterdir()) / 1e6},
         note=lambda facts: f"{facts['mb']:.1f} MB",
         checkpoint="small",
     )
