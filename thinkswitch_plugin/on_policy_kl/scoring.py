@@ -140,8 +140,8 @@ class Teacher:
         )
         size = max(1, len(new))
         if self.config.rollout_batch_size:  # the cache may take as many tokens as the rollouts' may
-            tokens = self.config.rollout_batch_size * self.config.max_new_tokens
-            size = max(1, tokens // self.config.trace_max_new_tokens)
+            room = self.config.rollout_batch_size * self.config.max_new_tokens
+            size = max(1, room // self.config.trace_max_new_tokens)
         for batch in (new[start : start + size] for start in range(0, len(new), size)):
             with self._awake() as model:
                 written, _ = generate(model, batch, settings, self.tokenizer.pad_token_id)
