@@ -31,8 +31,7 @@ TRACED_KEYS = (  # of a training recipe, on which what a step holds depends
     *("bf16", "fp16", "gradient_checkpointing", "gradient_accumulation_steps", "optimizer"),
     *("liger_fused_linear_cross_entropy", "on_policy_kl", "tah"),
 )
-SHARE_BYTES = 5e9  # of a merge's shards, the most in memory at once
-START_S = 25.0  # imports and loading of a command that is not preloaded
+SHARD_BYTES = 5e9  # of a checkpoint's files, at most, as they are usually cut
 
 
 @dataclass(frozen=True)
@@ -187,6 +186,12 @@ def training_memory(recipe: Mapping[str, Any], found: Footprint, card: Card, flo
     return {"imports": floor, **parts, "kept by the heap": HEAP * found.ragged}
 
 
+def merging_memory(base: Path, floor: float) -> dict[str, float]:
+    """The parts of the peak of Axolotl's merge on a CPU: a shard before and after it, the embedding in float32."""
+    shape, shard = read_shape(base), min(file_bytes(base), SHARD_BYTES)
+    return {"imports": floor, "a shard, before and after its merge": 2 * shard, "embedding": 4.0 * shape.embedding}
+
+
 def file_bytes(folder: Path) -> float:
     """The weights of a checkpoint on the disk, or what its config says they will be."""
     there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -297,7 +302,8 @@ def asking_memory(
     parts = {"weights": weights, "cache": cache + layer, "logits": logits}
     if card.gpu:
         return {"CUDA": CUDA_BYTES, **parts}
-    loading = shape.weights_bytes(nf4) if weights > cache + layer + logits else 0.0
+    # What is used as it lies in the file is not read into memory a second time.
+    loading = 0 if dtype == shape.dtype else shape.weights_bytes(nf4)
     if loading > cache + layer + logits:
         return {"imports": floor, "weights": weights, "the file they are read from": loading}
     return {"imports": floor, **parts}

@@ -15,7 +15,7 @@ from harness.card import Card
 from harness.config import LoopConfig, read_yaml
 from harness.errors import LoopError
 from harness.estimate import (
-    SHARE_BYTES,
+    SHARD_BYTES,
     Estimate,
     Speed,
     answer_tokens,
@@ -26,6 +26,7 @@ from harness.estimate import (
     file_bytes,
     lengths,
     mended,
+    merging_memory,
     question,
     training_memory,
     training_seconds,
@@ -116,7 +117,7 @@ def of_run(config: LoopConfig, recipes: Mapping[str, Recipe], on: Device, out: P
         recipe = placed(stage.recipes[RECIPE], paths(stage, pair))
         iterations = tuple(step.iteration for step in like)
         if stage.kind.name == "distill":
-            lines.append(training(name, recipe, iterations, on, learnt))
+            lines.append(training(name, recipe, iterations, on, learnt, merges=True))
         elif stage.kind.name == "reconstruct":
             lines.append(merging(name, recipe, iterations, pair, on))
         else:
@@ -166,7 +167,12 @@ def paths(stage: Stage, pair: Pair) -> dict[str, str]:
 
 
 def training(
-    name: str, recipe: dict[str, Any], iterations: tuple[int, ...], on: Device, rows: int | None = None
+    name: str,
+    recipe: dict[str, Any],
+    iterations: tuple[int, ...],
+    on: Device,
+    rows: int | None = None,
+    merges: bool = False,
 ) -> Estimate:
     """Of a training recipe of Axolotl's whose models are folders.
 
@@ -176,6 +182,7 @@ def training(
         iterations: in which it is done.
         on: the device.
         rows: how many rows it will have, where its data is not here yet.
+        merges: its adapter is merged afterwards.
     """
     recipe = {**recipe, **{key: str(local(recipe[key])) for key in ("base_model",)}}
     if (block := recipe.get("on_policy_kl")) and block.get("teacher", "self") != "self":
@@ -183,6 +190,8 @@ def training(
     length = lengths(recipe, on.cache)
     (found,) = ask([question(recipe, length, on.card.gpu)], on.cache)
     parts = training_memory(recipe, found, on.card, on.floor)
+    if merges and not on.card.gpu and recipe.get("adapter"):
+        parts = max(parts, merging_memory(Path(recipe["base_model"]), on.floor), key=lambda those: sum(those.values()))
     memory = sum(parts.values())
     fits = memory <= on.card.memory
     mend = "" if fits else mended(recipe, length, on.card, on.floor, on.cache)
@@ -222,7 +231,7 @@ def merging(name: str, recipe: dict[str, Any], iterations: tuple[int, ...], pair
     """Of a reconstruction, which runs on the CPU, a shard at a time."""
     shape, dtype = pair.shape, str(recipe.get("dtype") or pair.shape.dtype)
     merged = shape.weights_bytes(False, dtype)
-    memory = on.floor + 3 * min(merged, SHARE_BYTES)
+    memory = on.floor + 3 * min(merged, SHARD_BYTES)
     notes = ("main memory, not the GPU's",) if on.card.gpu else ()
     return Estimate(name, "thinking is rebuilt", iterations, memory, leaves=merged * len(iterations), notes=notes)
 
@@ -345,7 +354,7 @@ def _again(name: str, recipe: dict[str, Any], pair: Pair, nf4: bool, on: Device,
         block = recipe.get("on_policy_kl") or {}
         if block.get("teacher", "self") != "self":
             changed["on_policy_kl"] = {**block, "teacher": str(pair.thinking)}
-        return training(name, changed, (0,), on)
+        return training(name, changed, (0,), on, merges=True)
     if kind == "reconstruct":
         return merging(name, recipe, (0,), pair, on)
     limit = recipe.get("limit")
