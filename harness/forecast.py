@@ -15,7 +15,6 @@ from harness.card import Card
 from harness.config import LoopConfig, read_yaml
 from harness.errors import LoopError
 from harness.estimate import (
-    SHARD_BYTES,
     Estimate,
     Speed,
     answer_tokens,
@@ -38,6 +37,7 @@ from harness.shape import Shape, read_shape
 from harness.stages import RECIPE, External, Recipe, Stage, placed
 
 GUESSED = 30  # questions of a task whose data is not here
+OUT_SHARD = 2e9  # bytes of a shard that mergekit is asked for
 PROMPT = 512  # tokens that a question is given
 ROLES = {"instruct": "instruct", "thinking": "thinking", "anchor": "thinking"}  # a stage's inputs: which of the pair
 
@@ -231,7 +231,7 @@ def merging(name: str, recipe: dict[str, Any], iterations: tuple[int, ...], pair
     """Of a reconstruction, which runs on the CPU, a shard at a time."""
     shape, dtype = pair.shape, str(recipe.get("dtype") or pair.shape.dtype)
     merged = shape.weights_bytes(False, dtype)
-    memory = on.floor + 3 * min(merged, SHARD_BYTES)
+    memory = on.floor + 3 * min(merged, OUT_SHARD)  # two are read and one is written
     notes = ("main memory, not the GPU's",) if on.card.gpu else ()
     return Estimate(name, "thinking is rebuilt", iterations, memory, leaves=merged * len(iterations), notes=notes)
 
