@@ -12,7 +12,7 @@ import pytest
 import yaml
 from small import TS_LOOP, command_here, prepared, run_here
 
-from harness import checks, loop, page, view
+from harness import checks, loop, view
 from harness.cli import think_map
 from harness.config import load, recipes_folder
 from harness.errors import LoopError
@@ -150,16 +150,13 @@ def test_code_on_the_hub_is_never_trusted(checkpoint: Path) -> None:
         checks.check_tah(checkpoint, "instruct")
 
 
-def test_the_report_sets_the_price_beside_its_two_ends() -> None:
+def test_the_price_is_set_beside_its_two_ends() -> None:
     scored = {"iteration": 0, "checkpoint": "instruct", "task": "a", "correct": 1, "n": 2, "accuracy": 0.5}
     scored |= {"ci95": [0.1, 0.9], "tokens_per_answer": 3.0, "closed_traces": 0.0}
     price = dict(zip(FIELDS, (1.0625, 0.9375, 1.5e9, 1.2e9, 3.0e9), strict=True))
     rows = [{**scored, **price}, {**scored, "checkpoint": "thinking"}, {**scored, **dict.fromkeys(FIELDS), "task": "b"}]
     expected = ["0", "instruct", "a", "1.062", "93.8%", "1,500.00", "1.25", "0.50"]
     assert view.pass_cells(rows) == [expected]
-    results = {"rows": rows, "wall_s": 1.0, "cost_usd": None}
-    assert "MFLOPs" in page.page("x", rows, [], results, {})
-    assert "MFLOPs" not in page.page("x", rows[1:2], [], results, {})
 
 
 # --- looked at ---
