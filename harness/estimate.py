@@ -10,6 +10,7 @@ What cannot be known before it happened is counted as at most: an answer as long
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,9 +123,10 @@ def ceilings(recipe: Mapping[str, Any]) -> Length:
 def lengths(recipe: dict[str, Any], cache: Path) -> Length:
     """The longest rows of a recipe's data where it is here, as Axolotl reads it; else what the recipe lets pass."""
     entries = [entry for entry in recipe.get("datasets") or [] if isinstance(entry, Mapping)]
-    files = [Path(name) for entry in entries for name in _named(entry)]
-    if not files or not all(file.exists() for file in files):
+    found_of = [[Path(file) for file in glob.glob(name)] for entry in entries for name in _named(entry)]
+    if not found_of or not all(found_of):
         return ceilings(recipe)
+    files = [file for found in found_of for file in found]
     seen = [f"{file} {file.stat().st_mtime_ns}" for file in files]
     (found,) = aside.ask("rows", [{"recipe": recipe, "seen": seen}], cache)
     hard = found["hard"]
@@ -278,7 +280,7 @@ def batch_of(recipe: Mapping[str, Any]) -> int:
 
 
 def asking_memory(
-    recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool, card: Card, floor: float
+    recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool, card: Card, floor: float, most: int | None = None
 ) -> dict[str, float]:
     """The parts of the peak of a checkpoint that answers, bytes.
 
@@ -289,13 +291,14 @@ def asking_memory(
         nf4: it answers as an NF4 copy.
         card: the device.
         floor: what the imports hold, on a CPU.
+        most: questions of a task, of which a batch has no more.
     """
     arguments = recipe.get("model_args") or {}
     if recipe.get("model") in ("vllm", "sglang"):
         return {"reserved": float(arguments.get("gpu_memory_utilization") or 0.9) * card.memory}
     named = str(arguments.get("dtype") or "auto").removeprefix("torch.")
     dtype = shape.dtype if named == "auto" else named
-    rows = batch_of(recipe)
+    rows = min(batch_of(recipe), most or batch_of(recipe))
     weights, cache = shape.weights_bytes(nf4, dtype), rows * tokens * shape.kv_bytes(dtype)
     layer = cache / max(1, shape.cached_layers) * 2  # one layer's lie there twice, and as each query's
     logits = 3.0 * rows * shape.vocabulary * 4

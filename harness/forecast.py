@@ -251,7 +251,8 @@ def asking(
     budgets = [(one.questions, answer_tokens(recipe, one.tokens)) for one in asked]
     longest = max((tokens for _, tokens in budgets), default=0)
     width = longest + PROMPT
-    parts = asking_memory(recipe, shape, width, nf4, on.card, on.floor)
+    most = max((count for count, _ in budgets), default=1)
+    parts = asking_memory(recipe, shape, width, nf4, on.card, on.floor, most)
     memory = sum(parts.values())
     fits = memory <= on.card.memory
     mend = "" if fits else asking_mend(recipe, shape, longest, nf4, on.card, on.floor)
