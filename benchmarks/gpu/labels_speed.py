@@ -96,9 +96,7 @@ def main() -> None:
                     run(python, recipe(model, asked, prompts, tokens, folder), folder) for tokens in asked.tokens
                 )
                 if long[0] <= short[0]:
-                    raise SystemExit(
-                        f"{side}: long answers took no longer than short: give --tokens further apart"
-                    )
+                    raise SystemExit(f"{side}: long answers took no longer than short: give --tokens further apart")
                 rates[side].append((long[1] - short[1]) / (long[0] - short[0]))
                 print(f"{side}: {rates[side][-1]:.1f} tokens a second ({long[1]} tokens in {long[0]:.1f} s)")
     found = {
