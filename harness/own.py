@@ -32,6 +32,7 @@ OVERHEAD = 0.9e9  # a CUDA context, the allocator's gaps, activations of one tok
 AT_ONCE = 64  # answers or rows, at most: a batch goes on until its longest one ends
 SMALL = 100e6  # parameters, up to which two stages side by side do no harm on a CPU
 PROMPTS, TASKS = ["aime_prompts15", "pubmedqa_prompts15"], ["aime26", "pubmedqa30"]
+TIGHT = 12e9  # bytes of a card, below which the loss's own memory counts
 T = 0.2  # of slerp: well before the cliff
 USUAL_COUNT = 30  # of prompts, where nobody counted: the paper's 15 a domain
 PROMPT = 1024  # tokens that a prompt is given
@@ -192,8 +193,10 @@ def write(wanted: Wanted, folders: Mapping[str, Path], card: Card) -> Written:
         "optimizer": "paged_adamw_8bit" if card.gpu else "adamw_torch_fused",
         "liger": card.gpu and has_liger(folders["instruct"]),
         "rollouts": rollouts,
-        "rollout_batch": max(rollouts, min(AT_ONCE, rollouts_at_once(shape, card, dtype, sequence))),
+        "together": together(shape, card, dtype, rollouts, sequence),
+        "trace_tokens": how["thinking"].tokens,
         "answer_tokens": min(1024, sequence // 4),
+        "tight": card.gpu and card.memory < TIGHT,
         "t": T,
         "labels": f"{wanted.folder}/out/generate",
     }
@@ -244,10 +247,42 @@ def write(wanted: Wanted, folders: Mapping[str, Path], card: Card) -> Written:
     return Written(texts, facts)
 
 
-def rollouts_at_once(shape: Shape, card: Card, dtype: str, sequence: int) -> int:
-    """Answers whose cache fits beside student and teacher."""
-    left = card.memory - 2 * shape.weights_bytes(card.gpu, dtype) - 2 * OVERHEAD
-    return max(1, int(left / 2 / (shape.kv_bytes(dtype) * sequence)))
+class Together(NamedTuple):
+    """What fits beside student and teacher.
+
+    Attributes:
+        fits: anything does.
+        sequence: tokens of the student's prompt and answer.
+        rollouts: answers written at once.
+        update: answers learnt from at once.
+    """
+
+    fits: bool
+    sequence: int
+    rollouts: int
+    update: int
+
+
+def together(shape: Shape, card: Card, dtype: str, rollouts: int, longest: int) -> Together:
+    """On-policy training on a card: two models, and beside them the cache of the rollouts of one prompt at least.
+
+    Args:
+        shape: of both models.
+        card: they are on.
+        dtype: of what is not in NF4.
+        rollouts: answers to one prompt.
+        longest: tokens of a row.
+    """
+    # A fifth is left for what else a step holds; the update's own memory is no larger than the cache that is gone then.
+    room = 0.8 * (card.memory - 2 * shape.weights_bytes(card.gpu, dtype) - OVERHEAD / 2)
+    each = shape.kv_bytes(dtype)
+    lengths = [length for length in (longest, 3072, 2048, 1024) if length <= longest]
+    sequence = next((length for length in lengths if rollouts * length * each <= room), lengths[-1])
+    at_once = int(room // (sequence * each))
+    update = micro_batch(
+        shape, card._replace(memory=int(card.memory - shape.weights_bytes(True, "bfloat16"))), sequence
+    )
+    return Together(at_once >= 1, sequence, max(rollouts, min(AT_ONCE, at_once)), update)
 
 
 def asked_how(folder: Path, shape: Shape, room: int, dtype: str) -> Asked:
