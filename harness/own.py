@@ -20,9 +20,9 @@ import yaml
 from harness import checks
 from harness.card import Card, at_hand
 from harness.config import recipes_folder
+from harness.costs.shape import Shape, read_shape
 from harness.errors import LoopError
 from harness.files import read_json
-from harness.shape import Shape, read_shape
 from thinkswitch_plugin.prompts import is_source
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -13,8 +13,8 @@ from harness.errors import LoopError
 
 if TYPE_CHECKING:
     from harness.card import Card
-    from harness.estimate import Estimate
-    from harness.forecast import Compared, Device
+    from harness.costs.estimate import Estimate
+    from harness.costs.forecast import Compared, Device
 
 HELP = """What each stage will take, before anything runs: memory, time, tokens, disk, downloads, dollars.
 
@@ -88,7 +88,7 @@ def callback(
     from rich.console import Console
 
     from harness import card as cards
-    from harness import forecast
+    from harness.costs import forecast
 
     out = out.resolve()
     card = cards.of_size(vram) if vram else cards.at_hand()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from qwen3 import QWEN3_4B
 
 from harness.config import read_yaml
 from tests.harness.small import ts_loop
-from tests.harness.test_shape import QWEN3_4B
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_a_data_set_of_the_hub_is_asked_for_its_training_split_alone(
     monkeypatch.chdir(tmp_path)
     assert [row["messages"] for row in read_prompts("someone/sums")] == [[user("1+1?")], [user("1+2?")]]
     (folder / "train-0.parquet").unlink()
-    with pytest.raises(ValueError, match="^someone/sums: the hub gave no split `train`"):
+    with pytest.raises(ValueError, match=r"^someone/sums: the hub gave no split `train`"):
         read_prompts("someone/sums")
     with pytest.raises(ValueError, match=r"^nobody/nothing@v1: .*HF_TOKEN") as error:
         read_prompts("nobody/nothing@v1")

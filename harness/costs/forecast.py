@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import aside, checks, tasks
+from harness import checks, tasks
 from harness.card import Card
 from harness.config import LoopConfig, read_yaml
-from harness.errors import LoopError
-from harness.estimate import (
+from harness.costs import aside
+from harness.costs.estimate import (
     Estimate,
     Speed,
     answer_tokens,
@@ -30,10 +30,11 @@ from harness.estimate import (
     training_memory,
     training_seconds,
 )
+from harness.costs.footprint import ask
+from harness.costs.shape import Shape, read_shape
+from harness.errors import LoopError
 from harness.files import below, read_json
-from harness.footprint import ask
 from harness.plan import Inputs, Step, plan
-from harness.shape import Shape, read_shape
 from harness.stages import RECIPE, External, Recipe, Stage, placed
 
 GUESSED = 30  # questions of a task whose data is not here

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import aside
 from harness.asking import BUDGETS, LM_EVAL_TOKENS
 from harness.card import Card
+from harness.costs import aside
+from harness.costs.footprint import Footprint, Question, ask
+from harness.costs.shape import Shape, read_shape
 from harness.errors import LoopError
 from harness.files import read_json
-from harness.footprint import Footprint, Question, ask
-from harness.shape import Shape, read_shape
 
 CUDA_BYTES = 0.45e9  # a process's context and its libraries' workspaces
 HEAP = 0.75  # of a CPU's small blocks that come and go, what the C library keeps beside them: docs/results.md

@@ -1,6 +1,6 @@
 """Seconds on the device at hand: a few real layers of a checkpoint's shape, trained and asked for a moment.
 
-    python -m harness.calibrate < QUESTIONS.json
+    python -m harness.costs.calibrate < QUESTIONS.json
 
 A question is {"config", "dtype", "nf4", "batch"}, the answer seconds of the whole checkpoint: `step` (forward and
 backward of `SHORT` tokens), `token` (each further token of them), `decode` (one more token of `batch` answers). Weights
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from harness.aside import answer_all
-from harness.fake import config_of
-from harness.footprint import text_config
+from harness.costs.aside import answer_all
+from harness.costs.fake import config_of
+from harness.costs.footprint import text_config
 
 LAYERS = (1, 2)
 SHORT, LONG, BEFORE = 64, 256, 64  # tokens

@@ -1,6 +1,6 @@
 """How long a training recipe's rows are, where its data is here: as Axolotl itself reads and cuts them.
 
-    python -m harness.rows < QUESTIONS.json        [{"recipe": …}] → [{"rows", "prompt", "answer", "context", "hard"}]
+    python -m harness.costs.rows < QUESTIONS.json    [{"recipe": …}] → [{"rows", "prompt", "answer", "context", "hard"}]
 
 `rows` is how many there are; `prompt`, `answer` and `context` are tokens of the longest: what carries no loss, what
 does, and what an on-policy teacher reads. `hard` is the share of answer tokens that `axolotl tah-label` found hard,
@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from harness.aside import answer_all
+from harness.costs.aside import answer_all
 
 
 def measured(recipe: dict[str, Any]) -> dict[str, Any]:

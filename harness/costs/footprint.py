@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import aside
+from harness.costs import aside
 
 DEPTHS = (2, 4)  # layers of the two traces
 

@@ -1,6 +1,6 @@
 """Training steps run on fake tensors: the recipe's own, layer by layer what is alive.
 
-    python -m harness.traces < QUESTIONS.json        prints a list of footprints as JSON
+    python -m harness.costs.traces < QUESTIONS.json        prints a list of footprints as JSON
 
 On-policy steps and Think-at-Hard's are those of our plugins, all others Hugging Face's. A trace is on a fake CPU, whose
 attention holds as little as a GPU's: neither makes the scores. Knows what recipes of Axolotl make of a checkpoint.
@@ -18,9 +18,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from harness.aside import answer_all
-from harness.fake import SMALL, Peak, held, model_of
-from harness.footprint import DEPTHS, Footprint, Question, extrapolated, text_config
+from harness.costs.aside import answer_all
+from harness.costs.fake import SMALL, Peak, held, model_of
+from harness.costs.footprint import DEPTHS, Footprint, Question, extrapolated, text_config
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.args import read_block as read_on_policy
 from thinkswitch_plugin.on_policy_kl.loss import Samples, sizes, token_loss

@@ -25,7 +25,7 @@ TRACED = ("fake", "footprint")  # modules that the others call
 
 
 def ask(module: str, questions: Sequence[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
-    """What `python -m harness.MODULE` answers to each question, from the cache where it was asked before.
+    """What `python -m harness.costs.MODULE` answers to each question, from the cache where it was asked before.
 
     Args:
         module: of this package; reads a list of questions from standard input and prints a list of answers.
@@ -76,7 +76,7 @@ def _code(module: str) -> str:
 
 def _run(module: str, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ended = subprocess.run(
-        [sys.executable, "-m", f"harness.{module}"],
+        [sys.executable, "-m", f"harness.costs.{module}"],
         input=json.dumps(questions),
         capture_output=True,
         text=True,
@@ -85,6 +85,6 @@ def _run(module: str, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any
     )
     if ended.returncode:
         lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-        raise LoopError(f"plan: harness.{module} could not tell: {''.join(lines[-1:])[:400]}")
+        raise LoopError(f"plan: {module} could not tell: {''.join(lines[-1:])[:400]}")
     answers: list[dict[str, Any]] = json.loads(ended.stdout.splitlines()[-1])
     return answers

@@ -13,9 +13,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM
 
 from harness.config import read_yaml
-from harness.fake import Peak, config_of, held, model_of
-from harness.footprint import Question, extrapolated
-from harness.traces import traced
+from harness.costs.fake import Peak, config_of, held, model_of
+from harness.costs.footprint import Question, extrapolated
+from harness.costs.traces import traced
 
 
 class Counted(TorchDispatchMode):
@@ -99,8 +99,8 @@ def test_layers_are_alike(recipes: Path, config: dict, name: str):
 
 def test_checkpoints_of_layers_hold_less_than_activations(recipes: Path, config: dict):
     recipe = read_yaml(recipes / "instruct_distill.yml")
-    rows = {"rows": 4, "prompt": 20, "answer": 12, "gpu": False}
+    rows = {"rows": 16, "prompt": 20, "answer": 12, "gpu": False}
     without = traced(Question(recipe, config, None, **rows), 4)
     thrifty = traced(Question({**recipe, "gradient_checkpointing": True}, config, None, **rows), 4)
     assert thrifty.weights == without.weights
-    assert thrifty.step < 0.8 * without.step
+    assert thrifty.step < 0.7 * without.step

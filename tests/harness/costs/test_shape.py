@@ -4,25 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from qwen3 import QWEN3_4B
 from safetensors import safe_open
 
 from harness.config import recipes_folder
+from harness.costs.shape import of_config, read_shape
 from harness.errors import LoopError
-from harness.shape import of_config, read_shape
-
-QWEN3_4B = {
-    "model_type": "qwen3",
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 262144,
-    "dtype": "bfloat16",
-}
 
 
 def test_the_counts_are_those_of_the_weights_themselves():

@@ -1,6 +1,6 @@
 """What a training holds on a CPU before it holds a model: the imports, and what they lay out for themselves.
 
-    python -m harness.floor < QUESTIONS.json
+    python -m harness.costs.floor < QUESTIONS.json
 
 Seen, not reckoned: a step of one row on the embedded pair, run as `ts-loop` runs commands where no accelerator is, a
 fork of a process that has imported the tools. A question is {} and the answer {"bytes"}.
@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from harness.aside import answer_all
 from harness.config import recipes_folder
+from harness.costs.aside import answer_all
 from harness.runner import LocalRunner
 
 

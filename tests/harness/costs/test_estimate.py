@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qwen3 import QWEN3_4B
 
 from harness.card import of_size
 from harness.config import read_yaml
-from harness.estimate import (
+from harness.costs.estimate import (
     Speed,
     answer_tokens,
     asking_memory,
@@ -19,9 +20,8 @@ from harness.estimate import (
     training_memory,
     training_seconds,
 )
-from harness.footprint import DEPTHS, Footprint, extrapolated
-from harness.shape import of_config
-from tests.harness.test_shape import QWEN3_4B
+from harness.costs.footprint import DEPTHS, Footprint, extrapolated
+from harness.costs.shape import of_config
 
 CARD = of_size(8)
 
@@ -92,7 +92,7 @@ def test_an_answers_length_is_the_recipes_else_the_tasks_else_lm_evals():
 
 
 def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path):
-    from harness.estimate import file_bytes
+    from harness.costs.estimate import file_bytes
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
     assert file_bytes(tmp_path) == of_config(QWEN3_4B).weights_bytes(nf4=False)

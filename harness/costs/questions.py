@@ -1,6 +1,6 @@
 """How many questions lm-eval's tasks have, and how long an answer may be, where that is known without the network.
 
-    python -m harness.questions < QUESTIONS.json
+    python -m harness.costs.questions < QUESTIONS.json
 
 A question is {"task", "include_path"}, the answer {"questions", "tokens"}, null where nobody can tell: data that is not
 here is not fetched. In a process of its own, which takes what lm-eval's imports take.
@@ -12,8 +12,8 @@ import os
 from functools import cache
 from typing import Any
 
-from harness.aside import answer_all
 from harness.asking import BUDGETS
+from harness.costs.aside import answer_all
 
 
 def facts(question: dict[str, Any]) -> dict[str, Any]:
