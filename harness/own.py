@@ -32,6 +32,7 @@ OVERHEAD = 0.9e9  # a CUDA context, the allocator's gaps, activations of one tok
 AT_ONCE = 64  # answers or rows, at most: a batch goes on until its longest one ends
 SMALL = 100e6  # parameters, up to which two stages side by side do no harm on a CPU
 PROMPTS, TASKS = ["aime_prompts15", "pubmedqa_prompts15"], ["aime26", "pubmedqa30"]
+SPARE = 0.9  # of the room, that several answers at once may fill
 TIGHT = 12e9  # bytes of a card, below which the loss's own memory counts
 T = 0.2  # of slerp: well before the cliff
 USUAL_COUNT = 30  # of prompts, where nobody counted: the paper's 15 a domain
@@ -306,7 +307,7 @@ def asked_how(folder: Path, shape: Shape, room: int, dtype: str) -> Asked:
     if (fits := room // shape.kv_bytes(dtype) - prompt) < tokens:
         length_from = f"what fits, of {tokens:,} ({length_from})"
         tokens = power_of_two(fits)  # which leaves room for what was not counted
-    batch = room // (shape.kv_bytes(dtype) * (tokens + prompt))
+    batch = int(SPARE * room // (shape.kv_bytes(dtype) * (tokens + prompt)))
     return Asked(tokens, length_from, *said, max(1, min(AT_ONCE, batch)))
 
 

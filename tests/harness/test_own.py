@@ -63,9 +63,9 @@ def recipes_for(folder: Path, card: Card, **wanted: Any) -> dict[str, Any]:
     [
         ("0.6B", 8, False, 32_768, 1),
         ("4B", 8, True, 16_384, 1),
-        ("4B", 24, False, 32_768, 3),
+        ("4B", 24, False, 32_768, 2),
         ("8B", 8, True, 4_096, 1),
-        ("14B", 80, False, 32_768, 9),
+        ("14B", 80, False, 32_768, 8),
     ],
 )
 def test_precision_length_and_batch_follow_from_the_card(
