@@ -274,10 +274,10 @@ def together(shape: Shape, card: Card, dtype: str, rollouts: int, longest: int) 
         rollouts: answers to one prompt.
         longest: tokens of a row.
     """
-    # A fifth is left for what else a step holds; the update's own memory is no larger than the cache that is gone then.
-    room = 0.8 * (card.memory - 2 * shape.weights_bytes(card.gpu, dtype) - OVERHEAD / 2)
+    # The rest is for reading the prompts; the update's own memory is no larger than the cache that is gone then.
+    room = 0.7 * (card.memory - 2 * shape.weights_bytes(card.gpu, dtype) - OVERHEAD / 2)
     each = shape.kv_bytes(dtype)
-    lengths = [length for length in (longest, 3072, 2048, 1024) if length <= longest]
+    lengths = [length for length in (longest, 2560, 2048, 1024) if length <= longest]
     sequence = next((length for length in lengths if rollouts * length * each <= room), lengths[-1])
     at_once = int(room // (sequence * each))
     update = micro_batch(
