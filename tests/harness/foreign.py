@@ -47,6 +47,7 @@ OPENED = """{%- for message in messages %}
 CARD = """# A card
 We recommend **Temperature=0.6** and an output length of 320 tokens for most queries, 400 for hard ones.
 """
+STEPS = {"base": 800, "instruct": 150, "thinking": 150}
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 
 
@@ -189,6 +190,7 @@ def trained(recipes: Path, folder: Path, train: Callable[[Path], None]) -> None:
         ]
         for key in ("save_steps", "save_total_limit"):
             recipe.pop(key, None)
+        recipe["max_steps"] = STEPS[name]
         file = folder / f"{name}.yml"
         file.write_text(yaml.safe_dump(recipe))
         train(file)
