@@ -184,10 +184,7 @@ class View:
         if self.quiet:
             return
         if cells := pass_cells(rows):
-            passes = Table(*PASS_HEADS, title="passes of TaH checkpoints", title_justify="left")
-            for line in cells:
-                passes.add_row(*line)
-            self._print(passes)
+            self._print(_lines("passes of TaH checkpoints", PASS_HEADS, cells, 3))
         self._print(kind_table([record for step in run.steps if (record := run.record(step))]))
         cost = "" if results["cost_usd"] is None else f", {results['cost_usd']:.2f} US dollars"
         self.say(f"{clock(results['wall_s'])}{cost} in all")
@@ -315,12 +312,7 @@ def dial_cells(found: Sequence[Point]) -> list[list[str]]:
 
 def dial_table(found: Sequence[Point]) -> Table:
     """The thinking checkpoint at each t."""
-    result = Table(title="the dial", title_justify="left")
-    for head in DIAL_HEADS:
-        result.add_column(head, justify="left" if head == "task" else "right")
-    for line in dial_cells(found):
-        result.add_row(*line)
-    return result
+    return _lines("the dial", DIAL_HEADS, dial_cells(found), 1)
 
 
 ARM_HEADS = ("task", "checkpoint", "arm", "accuracy", "over the pair, points", "p", "over the first arm, points", "p")
@@ -348,12 +340,7 @@ def arm_cells(found: Sequence[Arm]) -> list[list[str]]:
 
 def arm_table(found: Sequence[Arm]) -> Table:
     """What came of each arm; p-values are corrected for there being several, those of a column together."""
-    result = Table(title="arms, at their last iteration", title_justify="left")
-    for head in ARM_HEADS:
-        result.add_column(head, justify="left" if head in ARM_HEADS[:3] else "right")
-    for line in arm_cells(found):
-        result.add_row(*line)
-    return result
+    return _lines("arms, at their last iteration", ARM_HEADS, arm_cells(found), 3)
 
 
 COMPARISON_HEADS = ("task", "checkpoint", "before", "after", "points (95 %)", "gained", "lost", "p", "tokens")
@@ -379,11 +366,16 @@ def comparison_cells(found: Sequence[Comparison]) -> list[list[str]]:
 
 def comparison_table(found: Sequence[Comparison]) -> Table:
     """Paired comparisons; p-values are corrected for there being several."""
-    sides = list(dict.fromkeys(f"{one.before} → {one.after}" for one in found))
-    result = Table(title=f"question by question: {', '.join(sides)}", title_justify="left")
-    for head in COMPARISON_HEADS:
-        result.add_column(head, justify="left" if head in ("task", "checkpoint") else "right")
-    for line in comparison_cells(found):
+    sides = dict.fromkeys(f"{one.before} → {one.after}" for one in found)
+    return _lines(f"question by question: {', '.join(sides)}", COMPARISON_HEADS, comparison_cells(found), 2)
+
+
+def _lines(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], texts: int) -> Table:
+    """A table whose first so many columns are text, the rest numbers."""
+    result = Table(title=title, title_justify="left")
+    for place, head in enumerate(heads):
+        result.add_column(head, justify="left" if place < texts else "right")
+    for line in cells:
         result.add_row(*line)
     return result
 
@@ -431,9 +423,4 @@ def kind_cells(done: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def kind_table(done: Sequence[Mapping[str, Any]]) -> Table:
     """Where the time went."""
-    result = Table(title="time by stage", title_justify="left")
-    for head in KIND_HEADS:
-        result.add_column(head, justify="left" if head == "stage" else "right")
-    for line in kind_cells(done):
-        result.add_row(*line)
-    return result
+    return _lines("time by stage", KIND_HEADS, kind_cells(done), 1)
