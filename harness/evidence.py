@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import stats
+from harness.config import ARMS
 from harness.errors import LoopError
 from harness.stats import Estimate, Paired
 
 Row = Mapping[str, Any]
 SURE = 1 - stats.LEVEL
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 CLIFF = 0.3  # of closed traces, lost between one t and the next
 
 
@@ -32,7 +35,8 @@ class Who(NamedTuple):
     checkpoint: str
 
     def __str__(self) -> str:
-        return f"{self.run}:{self.checkpoint}@{self.iteration}"
+        arm = "" if self.arm == ARMS[0] else f"/{self.arm}"
+        return f"{self.run}{arm}:{self.checkpoint}@{self.iteration}"
 
 
 class Comparison(NamedTuple):
@@ -43,11 +47,12 @@ class Comparison(NamedTuple):
         before: one checkpoint.
         after: the other.
         scores: their accuracies, in [0, 1].
-        gain: of `after` over `before`, in [-1, 1], with its interval.
-        test: the paired test.
+        gain: of `after` over `before`, in [-1, 1], with its interval over questions.
+        test: the paired test, over questions.
         p: its p-value corrected for all comparisons that were made with it (Holm).
+        seeds: the gain's mean and Student's interval over seeds; None where both have but one.
         tokens: of an answer, `after`'s for one of `before`'s; NaN where tokens were not counted.
-        least: the gain that so many questions would show four times out of five, in [0, 1], as many being lost as here.
+        least: the gain that one test of these questions would show four times out of five, in [0, 1].
     """
 
     task: str
@@ -57,8 +62,15 @@ class Comparison(NamedTuple):
     gain: Estimate
     test: Paired
     p: float
+    seeds: Estimate | None
     tokens: Estimate
     least: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether the questions show a difference and, where there are several seeds, these do too."""
+        alike = self.seeds is not None and not self.seeds.low > 0 and not self.seeds.high < 0
+        return self.p <= SURE and not alike
 
 
 class Figures(NamedTuple):
@@ -98,25 +110,28 @@ def read(folder: Path) -> list[Row]:
 def by_checkpoint(rows: Iterable[Row]) -> dict[tuple[Who, str], dict[str, Row]]:
     """Rows by checkpoint and task, each by its question; those of several seeds are one, their scores' mean.
 
-    A question is what is drawn and tested, however many seeds answered it: more seeds are no more questions.
+    A question is what is drawn and tested, however many seeds answered it: more seeds are no more questions. One that a
+    task asks twice is two.
     """
     found: dict[tuple[Who, str], dict[str, list[Row]]] = {}
+    seen: Counter[tuple[Who, str, int, str]] = Counter()
     for row in rows:
         who = Who(row["run"], row["arm"], row["iteration"], row["checkpoint"])
-        found.setdefault((who, row["task"]), {}).setdefault(row["question"], []).append(row)
-    return {place: {question: _merged(mine) for question, mine in by.items()} for place, by in found.items()}
+        question = (who, row["task"], row["seed"], row["question"])
+        name = f"{row['question']}#{seen[question]}" if seen[question] else row["question"]
+        seen[question] += 1
+        found.setdefault((who, row["task"]), {}).setdefault(name, []).append(row)
+    return {place: {name: _merged(mine) for name, mine in by.items()} for place, by in found.items()}
 
 
 def _merged(rows: Sequence[Row]) -> Row:
-    if len(rows) == 1:
-        return rows[0]
-
     def total(key: str) -> int | None:
         counts = [row[key] for row in rows]
         return None if None in counts else sum(counts)
 
-    summed = {key: total(key) for key in ("answers", "trace_tokens", "answer_tokens")}
-    return {**rows[0], **summed, "score": math.fsum(row["score"] for row in rows) / len(rows)}
+    summed = {key: total(key) for key in ("answers", "closed", "truncated", "trace_tokens", "answer_tokens")}
+    by_seed = {row["seed"]: row["score"] for row in rows}
+    return {**rows[0], **summed, "score": stats.mean(list(by_seed.values())), "by_seed": by_seed}
 
 
 def compare(sides: Sequence[tuple[str, Who, Mapping[str, Row], Who, Mapping[str, Row]]]) -> list[Comparison]:
@@ -136,7 +151,8 @@ def compare(sides: Sequence[tuple[str, Who, Mapping[str, Row], Who, Mapping[str,
                 f"{task}: {before} and {after} were not asked the same questions ({alike})"
                 "\ncompare runs with the same tasks and the same --limit"
             )
-        one, other = ([row["score"] for row in scores] for scores in (ours.values(), [theirs[q] for q in ours]))
+        both = [(ours[question], theirs[question]) for question in ours]
+        one, other = [row["score"] for row, _ in both], [row["score"] for _, row in both]
         test = stats.paired(one, other)
         found.append(
             Comparison(
@@ -147,15 +163,27 @@ def compare(sides: Sequence[tuple[str, Who, Mapping[str, Row], Who, Mapping[str,
                 stats.difference(one, other),
                 test,
                 test.p,
-                _ratio(tokens(ours.values()), tokens([theirs[question] for question in ours])),
-                stats.least_gain(test.n, min(test.gained, test.lost) / test.n),
+                _over_seeds(both),
+                _ratio(tokens_each([row for row, _ in both]), tokens_each([row for _, row in both])),
+                stats.least_gain(one, other),
             )
         )
-    corrected = stats.holm([comparison.p for comparison in found])
-    return [comparison._replace(p=p) for comparison, p in zip(found, corrected, strict=True)]
+    # Two checkpoints that differ on no question are not tested, and make no other test one of more.
+    tested = [place for place, one in enumerate(found) if one.test.gained + one.test.lost]
+    for place, p in zip(tested, stats.holm([found[place].p for place in tested]), strict=True):
+        found[place] = found[place]._replace(p=p)
+    return found
 
 
-NAMED = re.compile(r"(?P<run>[^:@]+)(:(?P<checkpoint>instruct|thinking))?(@(?P<iteration>\d+))?$")
+def _over_seeds(both: Sequence[tuple[Row, Row]]) -> Estimate | None:
+    """The gain of each seed that both sides have, as one figure; None for fewer than two."""
+    seeds = [seed for seed in both[0][0]["by_seed"] if all(seed in row["by_seed"] for pair in both for row in pair)]
+    if len(seeds) < 2:
+        return None
+    return stats.over_runs([stats.mean([b["by_seed"][s] - a["by_seed"][s] for a, b in both]) for s in seeds])
+
+
+NAMED = re.compile(r"(?P<run>[^:@/]+)(/(?P<arm>[^:@]+))?(:(?P<checkpoint>instruct|thinking))?(@(?P<iteration>\d+))?$")
 
 
 def chosen(out: Path, name: str) -> dict[str, tuple[Who, dict[str, Row]]]:
@@ -163,20 +191,25 @@ def chosen(out: Path, name: str) -> dict[str, tuple[Who, dict[str, Row]]]:
 
     Args:
         out: where runs are.
-        name: RUN, RUN:CHECKPOINT, RUN@ITERATION or RUN:CHECKPOINT@ITERATION; else instruct of the last iteration.
+        name: RUN[/ARM][:CHECKPOINT][@ITERATION]; else the run's first arm, instruct, its last iteration.
 
     Raises:
         LoopError: there is no such run, or it has not evaluated that.
     """
     if not (said := NAMED.match(name)):
-        raise LoopError(f"{name}: write RUN, RUN:instruct, RUN:thinking@2")
-    groups = by_checkpoint(read(out / said["run"]))
-    checkpoint = said["checkpoint"] or "instruct"
+        raise LoopError(f"{name}: write RUN, RUN:instruct, RUN:thinking@2, RUN/untouched:instruct")
+    rows = read(out / said["run"])
+    every = list(dict.fromkeys(row["arm"] for row in rows))
+    arm = said["arm"] or every[0]
+    if arm not in every or (arm.startswith("t=") and not said["arm"]):
+        raise LoopError(f"{name}: name one of its arms, as in {said['run']}/{every[-1]}; it has {', '.join(every)}")
+    groups = by_checkpoint(row for row in rows if row["arm"] == arm)
+    checkpoint = said["checkpoint"] or ("thinking" if arm.startswith("t=") else "instruct")
     there = sorted({who.iteration for who, _ in groups if who.checkpoint == checkpoint})
     iteration = int(said["iteration"]) if said["iteration"] else there[-1] if there else 0
     found = {
-        task: (who, rows)
-        for (who, task), rows in groups.items()
+        task: (who, mine)
+        for (who, task), mine in groups.items()
         if (who.checkpoint, who.iteration) == (checkpoint, iteration)
     }
     if not found:
@@ -234,7 +267,7 @@ class Arm(NamedTuple):
         task: its name.
         accuracy: over all seeds, with Student's interval over them (NaN for a single one).
         gain: against the pair as it came; None where that was not evaluated.
-        beside: against the run's first arm; None for itself.
+        beside: against the run's first arm at its last iteration; None for itself, and for an arm that is not as far.
     """
 
     who: Who
@@ -247,7 +280,7 @@ class Arm(NamedTuple):
 def arms(rows: Sequence[Row]) -> list[Arm]:
     """Every arm of a run at its last iteration, the first arm first; empty if there is but one arm and one seed.
 
-    The comparisons with the pair as it came are corrected together, and so are those with the first arm.
+    The comparisons with the first arm are corrected together.
     """
     groups = by_checkpoint(rows)
     if len({(row["arm"], row["seed"]) for row in rows}) < 2:
@@ -256,24 +289,51 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
     last: dict[tuple[str, str, str], Who] = {}
     for who, task in groups:
         place = (who.checkpoint, task, who.arm)
-        last[place] = max(last.get(place, who), who)
-    per_seed: dict[tuple[Who, str, int], list[float]] = {}
-    for row in rows:
-        who = Who(row["run"], row["arm"], row["iteration"], row["checkpoint"])
-        per_seed.setdefault((who, row["task"], row["seed"]), []).append(row["score"])
+        last[place] = max(last.get(place, who), who, key=lambda one: one.iteration)
     gains, beside = [], []
     for (checkpoint, task, arm), who in last.items():
         first, main = who._replace(iteration=0), last.get((checkpoint, task, about))
         if who.iteration and (first, task) in groups:
             gains.append((task, first, groups[first, task], who, groups[who, task]))
-        if main and arm != about:
+        # What is only merged is so once: further iterations would be the same.
+        if main and arm != about and (who.iteration == main.iteration or (arm == "merge_only" and who.iteration)):
             beside.append((task, main, groups[main, task], who, groups[who, task]))
     gained = {(one.after, one.task): one for one in compare(gains)}
     compared = {(one.after, one.task): one for one in compare(beside)}
     found = []
     for (_, task, _), who in sorted(last.items(), key=lambda item: (item[0][1], item[0][0])):
-        means = [stats.mean(scores) for (w, t, _), scores in per_seed.items() if (w, t) == (who, task)]
-        found.append(Arm(who, task, stats.over_runs(means), gained.get((who, task)), compared.get((who, task))))
+        mine = list(groups[who, task].values())
+        means = [stats.mean([row["by_seed"][s] for row in mine if s in row["by_seed"]]) for s in mine[0]["by_seed"]]
+        known = stats.over_runs(means)
+        accuracy = (
+            known._replace(low=max(0.0, known.low), high=min(1.0, known.high)) if known.low == known.low else known
+        )
+        found.append(Arm(who, task, accuracy, gained.get((who, task)), compared.get((who, task))))
+    return found
+
+
+def pooled(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The scores of a run's first arm as rows of `results.json`, seeds taken together: their mean."""
+    found = []
+    for (who, task), by_question in by_checkpoint(first_arm(rows)).items():
+        mine = list(by_question.values())
+        scores = [row["score"] for row in mine]
+        answers, each = sum(row["answers"] for row in mine), tokens(mine)
+        found.append(
+            {
+                "arm": who.arm,
+                "iteration": who.iteration,
+                "checkpoint": who.checkpoint,
+                "task": task,
+                "n": len(mine),
+                "correct": round(math.fsum(scores), 6),
+                "accuracy": stats.mean(scores),
+                "ci95": list(stats.interval(scores)),
+                "tokens_per_answer": sum(each) / answers if each else None,
+                "closed_traces": sum(row["closed"] for row in mine) / answers,
+                "truncated": sum(row["truncated"] for row in mine) / answers,
+            }
+        )
     return found
 
 
@@ -291,7 +351,7 @@ def figures(rows: Sequence[Row]) -> list[Figures]:
                 moved = stats.transferred(*([side[question]["score"] for question in mine] for side in sides))
         written = tokens(mine.values())
         scores = [row["score"] * row["answers"] for row in mine.values()]
-        each = stats.per_correct(written, scores) if written else Estimate(math.nan, math.nan, math.nan)
+        each = stats.per_correct(written, scores) if written else UNKNOWN
         found.append(Figures(who, task, moved, each))
     return found
 
@@ -376,8 +436,13 @@ def tokens(rows: Iterable[Row]) -> list[float]:
     return [] if any(None in pair for pair in counted) else [float(trace + answer) for trace, answer in counted]
 
 
+def tokens_each(rows: Sequence[Row]) -> list[float]:
+    """Tokens of one answer to each question; empty where they were not counted."""
+    return [total / row["answers"] for total, row in zip(tokens(rows), rows, strict=False)]
+
+
 def _ratio(before: list[float], after: list[float]) -> Estimate:
-    return stats.ratio(before, after) if before and after else Estimate(math.nan, math.nan, math.nan)
+    return stats.ratio(before, after) if before and after else UNKNOWN
 
 
 def verdict(found: Sequence[Comparison]) -> list[str]:
@@ -385,22 +450,36 @@ def verdict(found: Sequence[Comparison]) -> list[str]:
 
     `found` are comparisons that were corrected together.
     """
+    tested = sum(one.test.gained + one.test.lost > 0 for one in found)
     said = []
     for one in found:
         test, (before, after) = one.test, one.scores
         change = f"{before:.1%} → {after:.1%} of {test.n} questions"
-        counts = f"{test.gained} gained, {test.lost} lost"
-        p = f"p = {one.p:.2g}" + (f", corrected for {len(found)} comparisons" if len(found) > 1 else "")
+        p = f"p = {one.p:.2g}" + (f", corrected for {tested} comparisons" if tested > 1 else "")
+        counts = f"{test.gained} gained, {test.lost} lost; {p}"
+        if one.seeds:
+            counts += f"; over seeds {in_points(one.seeds)}"
+        who = (
+            one.after.checkpoint if one.before._replace(iteration=one.after.iteration) == one.after else str(one.after)
+        )
+        if one.sure:
+            said.append(f"{who} is {'better' if one.gain.value > 0 else 'worse'} on {one.task}: {change} ({counts})")
+            continue
         if one.p <= SURE:
-            what = f"{one.after.checkpoint} is {'better' if one.gain.value > 0 else 'worse'} on {one.task}"
-            said.append(f"{what}: {change} ({counts}; {p})")
-        else:
-            needed = (
-                "more questions than these" if math.isnan(one.least) else f"a change of {100 * one.least:.0f} points"
+            said.append(
+                f"{who} may be another on {one.task}: {change} ({counts}): the questions show it, the seeds do not"
             )
-            what = f"no sure change of {one.after.checkpoint} on {one.task}"
-            said.append(f"{what}: {change} ({counts}; {p}; these questions would show {needed})")
+            continue
+        least = f"would show a change of {100 * one.least:.0f} points"
+        least = "can show no change at all" if math.isnan(one.least) else least
+        said.append(f"no sure change of {who} on {one.task}: {change} ({counts}; one test of these questions {least})")
     return said
+
+
+def in_points(estimate: Estimate) -> str:
+    """A gain in points, with its interval where there is one."""
+    middle = f"{100 * estimate.value:+.1f}"
+    return middle if math.isnan(estimate.low) else f"{middle} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
 
 
 def known(value: float) -> float | None:
@@ -419,6 +498,16 @@ def arm_json(arm: Arm) -> dict[str, Any]:
     }
 
 
+def figure_json(figure: Figures) -> dict[str, Any]:
+    """A checkpoint's derived figures for a program; what is not known is null."""
+    return {
+        **figure.who._asdict(),
+        "task": figure.task,
+        "transferred": {k: known(v) for k, v in figure.transferred._asdict().items()} if figure.transferred else None,
+        "tokens_per_correct": {key: known(value) for key, value in figure.per_correct._asdict().items()},
+    }
+
+
 def as_json(one: Comparison) -> dict[str, Any]:
     """A comparison for a program; what is not known is null."""
     return {
@@ -432,6 +521,8 @@ def as_json(one: Comparison) -> dict[str, Any]:
         "lost": one.test.lost,
         "p": one.test.p,
         "p_holm": one.p,
+        "sure": one.sure,
+        "seeds": {key: known(value) for key, value in one.seeds._asdict().items()} if one.seeds else None,
         "tokens_ratio": {key: known(value) for key, value in one.tokens._asdict().items()},
         "least_gain": known(one.least),
     }

@@ -478,7 +478,7 @@ class Published:
                 self.run.folder.link(place, self.run.store.folder(key))
                 self.view.finished(step, record, self.rows_of(step, record))
         if new:
-            self.write()
+            self.write(at_end=False)
 
     def rows_of(self, step: Step, record: dict[str, Any]) -> list[outcomes.Row]:
         """The rows of one step: summed up from its outcomes, with what its stage says of each task."""
@@ -502,23 +502,23 @@ class Published:
                 where |= {"iteration": step.iteration, "checkpoint": step.checkpoint}
                 yield from ({**where, **asdict(outcome)} for outcome in self.outcomes_of(step))
 
-    def write(self) -> dict[str, Any]:
-        """Write the two files; returns what `results.json` holds."""
+    def write(self, at_end: bool = True) -> dict[str, Any]:
+        """Write the two files; returns what `results.json` holds: what is tested, when nothing more comes."""
         done = [(step, record) for step in self.run.steps if (record := self.run.record(step))]
         rows = [row for step, record in done for row in self.rows_of(step, record)]
         wall = self.run.folder.wall_s()
         per_hour = self.run.config.usd_per_hour
         cost = None if per_hour is None else round(wall / 3600 * per_hour, 4)
         questions = list(self.questions())
-        gains = evidence.gains(questions)
-        results = {
-            "rows": rows,
-            "verdict": evidence.verdict(gains),
-            "comparisons": [evidence.as_json(gain) for gain in gains],
-            "arms": [evidence.arm_json(arm) for arm in evidence.arms(questions)],
-            "wall_s": round(wall, 3),
-            "cost_usd": cost,
-        }
+        results: dict[str, Any] = {"rows": rows, "wall_s": round(wall, 3), "cost_usd": cost}
+        if at_end:
+            gains = evidence.gains(questions)
+            results["verdict"] = evidence.verdict(gains)
+            results["comparisons"] = [evidence.as_json(gain) for gain in gains]
+            results["arms"] = [evidence.arm_json(arm) for arm in evidence.arms(questions)]
+            results["figures"] = [evidence.figure_json(figure) for figure in evidence.figures(questions)]
+            if len(self.run.config.every_seed) > 1:
+                results["pooled"] = evidence.pooled(questions)
         with disk_errors(self.run.folder.root):
             lines = (json.dumps(question) + "\n" for question in questions)
             self.run.folder.outcomes.write_text("".join(lines), encoding="utf-8")

@@ -66,7 +66,7 @@ def picture(report: Report) -> dict[str, Any]:
     """What the template shows of a run."""
     rows = in_order(of_first(report.rows))
     lines = evidence.verdict(report.comparisons)
-    kinds = ["" if one.p > evidence.SURE else "better" if one.gain.value > 0 else "worse" for one in report.comparisons]
+    kinds = ["" if not one.sure else "better" if one.gain.value > 0 else "worse" for one in report.comparisons]
     last = max(row["iteration"] for row in rows)
     points = [
         {
@@ -92,7 +92,8 @@ def picture(report: Report) -> dict[str, Any]:
         "of": len(report.stages) + len(report.missing),
         "verdict": [{"text": text, "kind": kind} for text, kind in zip(lines, kinds, strict=True)],
         "cards": cards(report),
-        "ship": f"runs/{report.name}/iter_{last:02d}/distill/instruct" if last and not report.missing else "",
+        "ship": ship(report, last),
+        "seeds": report.seeds,
         "by_iteration": [charts.by_iteration(task, mine) for task, mine in by_task.items()],
         "frontier": [charts.frontier(task, mine) for task, mine in counted.items() if mine],
         "tables": list(tables(report, rows)),
@@ -102,6 +103,22 @@ def picture(report: Report) -> dict[str, Any]:
         "settings": "\n".join(f"{key}: {value}" for key, value in settings.items()),
         "commands": "\n".join(" ".join(command) for _, _, record in report.stages for command in record["commands"]),
     }
+
+
+def ship(report: Report, last: int) -> str:
+    """Which instruct checkpoint to use, as far as the questions say."""
+    learnt = [one for one in report.comparisons if one.after.checkpoint == "instruct"]
+    better, worse = ([one for one in learnt if one.sure and (one.gain.value > 0) == up] for up in (True, False))
+    distilled = f"{report.name}/iter_{last:02d}/distill/instruct"
+    if report.missing or not any(name == "distill" for _, name, _ in report.stages):
+        return ""
+    if better and not worse:
+        return f"Use {distilled}, the last iteration's: none was chosen by these scores."
+    if worse and not better:
+        return "Keep the instruct checkpoint as it came."
+    if worse:
+        return f"{distilled} is better on some tasks and worse on others: it depends on what you need."
+    return "Nothing here says that the distilled checkpoint is better than the one it came from."
 
 
 def cards(report: Report) -> list[dict[str, str]]:
@@ -147,6 +164,8 @@ def between(estimate: Estimate, scale: str = "percent") -> str:
     """An interval: "17 % to 38 %", or plain numbers; empty where there is none."""
     if math.isnan(estimate.low):
         return ""
+    if not math.isfinite(estimate.high):
+        return f"{estimate.low:,.1f} or more"
     if scale == "percent":
         return f"{estimate.low:.0%} to {estimate.high:.0%}"
     return f"{estimate.low:,.1f}–{estimate.high:,.1f}"
@@ -158,8 +177,8 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "id": "comparisons",
             "title": "Question by question",
-            "note": f"The last iteration against the pair as it came: McNemar's exact test, corrected for "
-            f"{len(report.comparisons)} comparisons (Holm); points with 95 % intervals (paired bootstrap).",
+            "note": "The last iteration against the pair as it came: McNemar's exact test (shares of several answers: "
+            "signs turned at random), corrected for there being several (Holm); points with 95 % intervals.",
             "heads": COMPARISON_HEADS,
             "rows": comparison_cells(report.comparisons),
             "texts": 2,
@@ -167,8 +186,8 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "id": "arms",
             "title": "Arms",
-            "note": "At their last iteration; accuracy over all seeds with Student's interval over them. Points with "
-            "95 % intervals over questions (paired bootstrap), p-values corrected a column (Holm).",
+            "note": "At their last iteration; accuracy over all seeds, points and p-values over questions, corrected "
+            "for there being several arms and tasks (Holm); over seeds: Student's interval.",
             "heads": ARM_HEADS,
             "rows": arm_cells(report.arms),
             "texts": 3,
@@ -176,7 +195,8 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "id": "dial",
             "title": "The dial",
-            "note": " ".join(f"{line}." for line in evidence.cliffs(report.dial)),
+            "note": " ".join(f"{line}." for line in evidence.cliffs(report.dial))
+            + " A t that is chosen by these scores is chosen on the test: other questions have to confirm it.",
             "heads": DIAL_HEADS,
             "rows": dial_cells(report.dial),
             "texts": 1,
@@ -184,7 +204,7 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "id": "scores",
             "title": "Scores",
-            "note": "",
+            "note": f"The mean of {report.seeds} seeds." if report.seeds > 1 else "",
             "heads": HEADS,
             "rows": [cells(row, rows) for row in rows],
             "texts": 2,

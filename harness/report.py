@@ -57,7 +57,8 @@ class Report:
 
     Attributes:
         name: of the run.
-        rows: of results.json.
+        rows: of results.json; of several seeds, those of the first arm with the seeds taken together.
+        seeds: how many.
         comparisons: the last iteration against the pair as it came.
         arms: what came of each, where there are several arms or seeds.
         dial: the thinking checkpoint at other t, where `ts-loop dial` was run.
@@ -73,6 +74,7 @@ class Report:
 
     name: str
     rows: list[dict[str, Any]]
+    seeds: int
     comparisons: list[Comparison]
     arms: list[Arm]
     dial: list[Point]
@@ -105,10 +107,11 @@ def gather(out: Path, name: str) -> Report:
     first = [step for step in noted["steps"] if place_of(step).startswith("iter_")]
     return Report(
         name=name,
-        rows=results["rows"],
+        rows=evidence.pooled(asked) if len({row["seed"] for row in asked}) > 1 else results["rows"],
+        seeds=len({row["seed"] for row in asked}),
         comparisons=evidence.gains(asked),
         arms=evidence.arms(asked),
-        dial=evidence.dial(evidence.read(turned), asked) if (turned := out / f"{name}.dial").is_dir() else [],
+        dial=dial_of(out, name, asked),
         figures=evidence.figures(asked),
         stages=done,
         missing=[place_of(step) for step, record in records if not record],
@@ -138,6 +141,21 @@ def write(out: Path, names: Sequence[str], to: Path | None = None) -> Path:
     with disk_errors(file.parent):
         file.write_text(text, encoding="utf-8")
     return file
+
+
+def dial_of(out: Path, name: str, asked: Sequence[evidence.Row]) -> list[Point]:
+    """The dial of a run, as far as it is; none of an earlier iteration than the run's last."""
+
+    def merged(run: str) -> set[str]:
+        steps = RunDir(out / run).noted().get("steps", [])
+        mine = [step for step in steps if step["name"] == "reconstruct" and not place_of(step).startswith("merge_only")]
+        last = max((step["iteration"] for step in mine), default=0)
+        return {step["reads"]["inputs"]["instruct"] for step in mine if step["iteration"] == last}
+
+    turned = out / f"{name}.dial"
+    if not (turned / "outcomes.jsonl").is_file() or not (merged(turned.name) & merged(name)):
+        return []
+    return evidence.dial(evidence.read(turned), asked)
 
 
 def curves(store: Store, steps: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 LEVEL = 0.95
 POWER = 0.8
 RESAMPLES = 4999
+BATCH = 500  # of them at once, in memory
+ENOUGH = 5  # questions right, and wrong, from which on a mean of shares is as good as normal
 
 
 class Estimate(NamedTuple):
@@ -40,25 +42,12 @@ class Paired(NamedTuple):
     p: float
 
 
-class Spread(NamedTuple):
-    """A mean over runs and questions, and what makes it uncertain.
-
-    Attributes:
-        mean: over all.
-        over_runs: its 95 % interval if other seeds were run on these questions (Student's, over runs).
-        over_questions: if these runs were asked other questions (bootstrap, over questions).
-    """
-
-    mean: float
-    over_runs: tuple[float, float]
-    over_questions: tuple[float, float]
-
-
 def interval(scores: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of a mean score, one score a question.
 
     Right or wrong: Wilson's (JASA 22, 1927). Shares of several answers to a question: Student's over the questions, as
-    the answers to one are not independent.
+    the answers to one are not independent; near 0 and 1 Wilson's, as if each question had one answer, which is never
+    too narrow.
 
     Args:
         scores: each in [0, 1].
@@ -81,10 +70,10 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
         return min(mean, float(found.low)), max(mean, float(found.high))
     if n == 1:
         return 0.0, 1.0
-    if min(scores) == max(scores):  # alike by chance: Wilson's, as if each were right or wrong
+    if min(mean, 1 - mean) * n < ENOUGH or min(scores) == max(scores):
         z = float(stats.norm.ppf((1 + LEVEL) / 2))
         centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+        return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
     error = float(stats.sem(scores))
     half = error * float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
     return max(0.0, mean - half), min(1.0, mean + half)
@@ -113,7 +102,12 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Paired:
         p = stats.binomtest(gained, gained + lost).pvalue
     else:
         turned: Any = stats.permutation_test(
-            ([d for d in differences if d],), _mean, permutation_type="samples", n_resamples=RESAMPLES, rng=0
+            ([d for d in differences if d],),
+            _mean,
+            permutation_type="samples",
+            n_resamples=RESAMPLES,
+            batch=BATCH,
+            rng=0,
         )
         p = turned.pvalue
     return Paired(len(differences), gained, lost, float(p))
@@ -129,17 +123,33 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def least_gain(n: int, lost: float = 0.0) -> float:
-    """The least gain that so many questions show at 5 %, four times out of five.
+def least_gain(before: Sequence[float], after: Sequence[float]) -> float:
+    """The least gain that one test of these questions would show at 5 %, four times out of five.
 
     Args:
-        n: questions.
-        lost: the share of them that the better checkpoint loses; none, at best.
+        before: one checkpoint's scores.
+        after: the other's.
 
     Returns:
-        Gained less lost questions, as a share of all, at which `paired` finds p <= 0.05 with 80 % power; NaN where even
-        gaining all the others would not.
+        As a share of the questions; NaN where even all of them gained would not show. Right or wrong: by the exact
+        test's power, as many questions being lost as the one of the two that loses less here. Shares: by the normal
+        approximation, with the standard deviation of these differences.
     """
+    n = len(before)
+    if all(score in (0, 1) for score in (*before, *after)):
+        test = paired(before, after)
+        return _least(n, min(test.gained, test.lost) / n)
+    import numpy as np
+    from scipy import stats
+
+    if n < 2:
+        return math.nan
+    needed = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
+    least = float(needed * np.std(np.subtract(after, before), ddof=1) / math.sqrt(n))
+    return least if least <= 1 else math.nan
+
+
+def _least(n: int, lost: float) -> float:
     from scipy import optimize
 
     if power(n, 1 - lost, lost) < POWER:
@@ -150,26 +160,46 @@ def least_gain(n: int, lost: float = 0.0) -> float:
 
 def power(n: int, gained: float, lost: float) -> float:
     """How often McNemar's exact test finds p <= 0.05 if each question is gained or lost with these probabilities."""
+    import numpy as np
     from scipy import stats
 
     differ = gained + lost
     if not differ:
         return 0.0
-    found = 0.0
-    for count, chance in enumerate(stats.binom.pmf(range(n + 1), n, differ)):
-        # Of `count` questions that differ, so few lost, or so few gained, that chance does it once in twenty.
-        few = stats.binom.ppf((1 - LEVEL) / 2, count, 0.5)
-        while few >= 0 and 2 * stats.binom.cdf(few, count, 0.5) > 1 - LEVEL:
-            few -= 1
-        if few >= 0:
-            share = gained / differ
-            found += chance * (stats.binom.cdf(few, count, 1 - share) + stats.binom.cdf(few, count, share))
-    return float(found)
+    counts = np.arange(n + 1)  # of questions that differ
+    # So few of them lost, or so few gained, that chance does it once in twenty.
+    few = stats.binom.ppf((1 - LEVEL) / 2, counts, 0.5)
+    few = np.where(2 * stats.binom.cdf(few, counts, 0.5) > 1 - LEVEL, few - 1, few)
+    share = gained / differ
+    found = stats.binom.cdf(few, counts, 1 - share) + stats.binom.cdf(few, counts, share)
+    return float(np.sum(stats.binom.pmf(counts, n, differ) * np.where(few >= 0, found, 0.0)))
 
 
 def difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
-    """How much higher the second one's mean is, in the unit of the numbers."""
-    return bootstrap(lambda b, a: _mean(a) - _mean(b), before, after)
+    """How much higher the second one's mean score is, on the same questions.
+
+    Right or wrong: Newcombe's interval for paired proportions (Stat. Med. 17, 1998, method 10), from Wilson's of each
+    and their correlation. Shares: the bootstrap over questions. Where `paired` does not find a difference, the interval
+    reaches 0: it says no more than the test.
+    """
+    n = len(before)
+    if all(score in (0, 1) for score in (*before, *after)):
+        p, q = mean(before), mean(after)
+        (low_p, high_p), (low_q, high_q) = interval(before), interval(after)
+        both = math.fsum(b * a for b, a in zip(before, after, strict=True)) / n
+        scale, alike = math.sqrt(p * (1 - p) * q * (1 - q)), both - p * q
+        alike = max(alike - 1 / (2 * n), 0.0) if alike > 0 else alike  # Newcombe's correction for continuity
+        phi = alike / scale if scale else 0.0
+
+        def reach(mine: float, other: float) -> float:
+            return math.sqrt(max(0.0, mine**2 - 2 * phi * mine * other + other**2))
+
+        found = Estimate(q - p, q - p - reach(q - low_q, high_p - p), q - p + reach(high_q - q, p - low_p))
+    else:
+        found = bootstrap(lambda b, a: _mean(a) - _mean(b), before, after)
+    if not math.isnan(found.low) and paired(before, after).p > 1 - LEVEL:
+        found = found._replace(low=min(found.low, 0.0), high=max(found.high, 0.0))
+    return found
 
 
 def ratio(before: Sequence[float], after: Sequence[float]) -> Estimate:
@@ -208,7 +238,7 @@ def bootstrap(statistic: Callable[..., Any], *columns: Sequence[float]) -> Estim
 
     Returns:
         The 95 % interval is the bias-corrected and accelerated one (Efron, JASA 82, 1987); where every draw gives the
-        same it is the figure itself, and NaN where the figure is infinite or there is one question.
+        same there is none, nor where the figure is infinite or there is one question.
 
     Raises:
         ValueError: the columns are not of the same questions, or of none.
@@ -227,10 +257,10 @@ def bootstrap(statistic: Callable[..., Any], *columns: Sequence[float]) -> Estim
         if len(data[0]) == 1 or not math.isfinite(value):
             return Estimate(value, math.nan, math.nan)
         found: Any = stats.bootstrap(
-            data, lambda *drawn, axis: statistic(*drawn), paired=True, n_resamples=RESAMPLES, rng=0, batch=500
+            data, lambda *drawn, axis: statistic(*drawn), paired=True, n_resamples=RESAMPLES, rng=0, batch=BATCH
         )
-        if found.standard_error == 0:
-            return Estimate(value, value, value)
+        if found.standard_error == 0:  # all questions alike: that says nothing of others
+            return Estimate(value, math.nan, math.nan)
         if np.isnan(found.confidence_interval.low):  # its acceleration is not known
             low, high = np.nanquantile(found.bootstrap_distribution, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
             return Estimate(value, float(low), float(high))
@@ -243,37 +273,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 def over_runs(values: Sequence[float]) -> Estimate:
-    """The mean of several runs with Student's 95 % interval; without bounds for a single one."""
+    """The mean of several runs with Student's 95 % interval; without bounds for a single one, or if all are alike."""
     from scipy import stats
 
     middle = mean(values)
-    if len(values) < 2:
+    if len(values) < 2 or min(values) == max(values):
         return Estimate(middle, math.nan, math.nan)
     half = float(stats.sem(values)) * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
     return Estimate(middle, middle - half, middle + half)
-
-
-def spread(runs: Sequence[Sequence[float]]) -> Spread:
-    """What seeds and what questions add to the uncertainty of a mean.
-
-    Args:
-        runs: [seeds, questions], scores.
-    """
-    each = over_runs([mean(scores) for scores in runs])
-    by_question = [mean(scores) for scores in zip(*runs, strict=True)]
-    questions = bootstrap(_mean, by_question)
-    return Spread(each.value, (each.low, each.high), (questions.low, questions.high))
-
-
-def pass_at(k: int, right: int, answers: int) -> float:
-    """The chance that one of k answers is right, where `right` of more were (Chen et al., arXiv 2107.03374, eq. 1).
-
-    Raises:
-        ValueError: k is not between 1 and the number of answers.
-    """
-    if not 1 <= k <= answers:
-        raise ValueError(f"pass@{k} of {answers} answers: k must be from 1 to {answers}")
-    return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
 
 
 def _mean(values: Any, axis: int = -1) -> Any:

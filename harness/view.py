@@ -28,11 +28,10 @@ from rich.table import Table
 from rich.text import Text
 
 from harness import runner
-from harness.evidence import Arm, Comparison, Point
+from harness.evidence import Arm, Comparison, Point, in_points
 from harness.outcomes import Row
 from harness.plan import Step
 from harness.stages import Stage
-from harness.stats import Estimate
 
 PLAIN_WIDTH = 110  # of a log or a pipe, where Rich would cut cells to fit 80 columns
 SLOW_BYTES = 1 << 28  # a file whose reading is worth a bar
@@ -176,7 +175,8 @@ class View:
         """The run is over: the table, what is sure of it, where the time went, and where everything lies."""
         self.close()
         rows = results["rows"]
-        self._print(table(rows))
+        several = results.get("pooled")
+        self._print(table(several, "scores, the mean of all seeds") if several else table(rows))
         if arms:
             self._print(arm_table(arms))
         for line in results["verdict"]:
@@ -286,11 +286,6 @@ def table(rows: Sequence[Row], title: str = "scores") -> Table:
     return result
 
 
-def points(estimate: Estimate) -> str:
-    """A gain in points, with its interval."""
-    return f"{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
-
-
 DIAL_HEADS = ("task", "t", "accuracy", "95 % interval", "closed", "tokens", "as the anchor")
 
 
@@ -315,31 +310,41 @@ def dial_table(found: Sequence[Point]) -> Table:
     return _lines("the dial", DIAL_HEADS, dial_cells(found), 1)
 
 
-ARM_HEADS = ("task", "checkpoint", "arm", "accuracy", "over the pair, points", "p", "over the first arm, points", "p")
+ARM_HEADS = (
+    "task",
+    "checkpoint",
+    "arm",
+    "iteration",
+    "accuracy",
+    "over the pair, points",
+    "over the first arm",
+    "p",
+    "over seeds",
+)
 
 
 def arm_cells(found: Sequence[Arm]) -> list[list[str]]:
     """What came of each arm, for the table and the page."""
-
-    def against(one: Comparison | None) -> list[str]:
-        return [points(one.gain), f"{one.p:.2g}"] if one else ["", ""]
 
     return [
         [
             one.task,
             one.who.checkpoint,
             one.who.arm,
+            str(one.who.iteration),
             f"{one.accuracy.value:.1%}"
             + ("" if math.isnan(one.accuracy.low) else f" ({one.accuracy.low:.1%} to {one.accuracy.high:.1%})"),
-            *against(one.gain),
-            *against(one.beside),
+            in_points(one.gain.gain) if one.gain else "",
+            in_points(one.beside.gain) if one.beside else "",
+            f"{one.beside.p:.2g}" if one.beside else "",
+            in_points(one.beside.seeds) if one.beside and one.beside.seeds else "",
         ]
         for one in found
     ]
 
 
 def arm_table(found: Sequence[Arm]) -> Table:
-    """What came of each arm; p-values are corrected for there being several, those of a column together."""
+    """What came of each arm; p-values are corrected for there being several."""
     return _lines("arms, at their last iteration", ARM_HEADS, arm_cells(found), 3)
 
 
@@ -354,7 +359,7 @@ def comparison_cells(found: Sequence[Comparison]) -> list[list[str]]:
             one.after.checkpoint if one.before.checkpoint == one.after.checkpoint else "",
             f"{one.scores[0]:.1%}",
             f"{one.scores[1]:.1%}",
-            points(one.gain),
+            in_points(one.gain),
             str(one.test.gained),
             str(one.test.lost),
             f"{one.p:.2g}",

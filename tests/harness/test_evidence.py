@@ -16,7 +16,7 @@ from harness.errors import LoopError
 
 def asked(scores: str, **where: Any) -> list[dict[str, Any]]:
     """Outcomes of one checkpoint, a question a character: 1 right, 0 wrong."""
-    place = {"run": "mine", "arm": "answers", "seed": 42, "iteration": 0, "checkpoint": "instruct", "task": "sums"}
+    place = {"run": "mine", "arm": "thinkswitch", "seed": 42, "iteration": 0, "checkpoint": "instruct", "task": "sums"}
     counted = {"answers": 1, "closed": 0, "truncated": 0, "trace_tokens": 0, "answer_tokens": 10}
     return [
         {**place, "question": f"q{number}", "score": float(score), **counted, **where}
@@ -101,7 +101,7 @@ def test_arms_are_held_against_the_pair_and_against_the_first() -> None:
     ours, merged = evidence.arms(rows)
     assert (ours.who.iteration, ours.beside) == (2, None)
     assert ours.gain
-    assert (ours.gain.test.gained, ours.gain.p) == (15, pytest.approx(2 * 2**-15 * 2))
+    assert (ours.gain.test.gained, ours.gain.p) == (15, pytest.approx(2 * 2**-15))
     assert merged.gain
     assert merged.beside
     assert (merged.gain.p, merged.beside.test.lost) == (1.0, 15)
@@ -130,6 +130,60 @@ def test_the_dial_names_the_cliff() -> None:
     assert evidence.cliffs(points) == [says]
     assert evidence.cliffs(points[:2]) == ["sums: no cliff; the fewest traces close at t = 0.25, 90%"]
     assert evidence.cliffs([]) == []
+
+
+def test_a_question_that_a_task_asks_twice_is_two() -> None:
+    rows = asked("01")
+    twice = [*rows, *rows, *[{**row, "iteration": 1, "score": 1.0, "closed": 1} for row in [*rows, *rows]]]
+    (gain,) = evidence.gains(twice)
+    assert (gain.test.n, gain.test.gained) == (4, 2)
+    points = evidence.dial([{**row, "arm": "t=0", "closed": 1} for row in [*rows, *rows]], [])
+    assert points[0].closed == 1.0
+
+
+def test_a_gain_that_the_seeds_do_not_show_is_not_sure() -> None:
+    before = [row for seed in (0, 1, 2) for row in asked("0" * 40 + "1" * 20, seed=seed)]
+    steady = [row for seed in (0, 1, 2) for row in asked("0" * (19 + seed) + "1" * (41 - seed), seed=seed, iteration=1)]
+    (sure,) = evidence.gains([*before, *steady])
+    assert sure.sure
+    assert sure.seeds
+    assert sure.seeds.low > 0
+    apart = [
+        row
+        for seed, right in ((0, 60), (1, 21), (2, 19))
+        for row in asked("0" * (60 - right) + "1" * right, seed=seed, iteration=1)
+    ]
+    (unsure,) = evidence.gains([*before, *apart])
+    assert unsure.p < 0.05
+    assert not unsure.sure
+    assert "the questions show it, the seeds do not" in evidence.verdict([unsure])[0]
+
+
+def test_tokens_are_of_an_answer_however_many_there_are() -> None:
+    more = [{**row, "iteration": 1, "answers": 4, "answer_tokens": 40} for row in asked("0101")]
+    (gain,) = evidence.gains([*asked("0101"), *more])
+    assert gain.tokens.value == 1.0
+
+
+def test_seeds_taken_together_are_one_row() -> None:
+    (row,) = evidence.pooled([*asked("0011"), *asked("0111", seed=1)])
+    assert (row["n"], row["accuracy"], row["correct"]) == (4, 0.625, 2.5)
+    assert row["tokens_per_answer"] == 10.0
+
+
+def test_an_arm_is_named_and_never_taken_for_another(tmp_path: Path) -> None:
+    arms = [*RUN, *[{**row, "arm": "untouched", "score": 0.0} for row in RUN]]
+    lasting(arms, tmp_path / "mine")
+    assert evidence.chosen(tmp_path, "mine")["sums"][0].arm == "thinkswitch"
+    who, rows = evidence.chosen(tmp_path, "mine/untouched:instruct@2")["sums"]
+    assert (who.arm, str(who)) == ("untouched", "mine/untouched:instruct@2")
+    assert {row["score"] for row in rows.values()} == {0.0}
+    lasting(turned(0.5, "01", 2), tmp_path / "mine.dial")
+    with pytest.raises(LoopError, match=r"mine.dial: name one of its arms, as in mine.dial/t=0.5"):
+        evidence.chosen(tmp_path, "mine.dial")
+    assert evidence.chosen(tmp_path, "mine.dial/t=0.5")["sums"][0].checkpoint == "thinking"
+    with pytest.raises(LoopError, match="mine/gold: name one of its arms"):
+        evidence.chosen(tmp_path, "mine/gold")
 
 
 def test_a_checkpoint_is_named_by_run_kind_and_iteration(tmp_path: Path) -> None:

@@ -90,13 +90,13 @@ def reported(rows: list[dict[str, Any]] = ROWS, **changes: Any) -> Report:
         (0, "evaluate_instruct", {**cost, "key": "evaluate-01", "commands": [["lm_eval", "run"]]}),
         (0, "evaluate_thinking", {**cost, "key": "evaluate-02", "wall_s": 4.0, "commands": [["lm_eval", "<x>", "&y"]]}),
     ]
-    made = Report("mine", rows, [], [], [], [], stages, [], {}, [], {}, 65.0, 0.02)
+    made = Report("mine", rows, 1, [], [], [], [], stages, [], {}, [], {}, 65.0, 0.02)
     return replace(made, **changes)
 
 
 def asked(scores: str, **where: Any) -> list[dict[str, Any]]:
     place = {"run": "mine", "arm": "answers", "seed": 42, "iteration": 0, "checkpoint": "instruct", "task": "mini_math"}
-    known = {"answers": 1, "trace_tokens": 0, "answer_tokens": 5}
+    known = {"answers": 1, "closed": 0, "truncated": 0, "trace_tokens": 0, "answer_tokens": 5}
     return [{**place, "question": str(at), "score": float(s), **known, **where} for at, s in enumerate(scores)]
 
 
@@ -149,6 +149,28 @@ def test_a_run_that_has_only_begun_has_a_page_too(rows: list[dict[str, Any]]) ->
     assert "nothing has been learnt yet" in read.words
     assert "1 of 1" in read.words
     assert "iter_01/distill" in read.words
+
+
+def test_the_page_says_which_checkpoint_to_use_only_if_the_questions_do() -> None:
+    stages = [
+        (
+            1,
+            "distill",
+            {"commands": [], "peak_memory_mb": 1.0, "kind": "distill", "key": "d", "wall_s": 1.0, "cpu_s": 1.0},
+        )
+    ]
+    same = evidence.gains([*asked("01" * 10), *asked("01" * 10, iteration=1)])
+    worse = evidence.gains([*asked("1" * 20), *asked("0" * 12 + "1" * 8, iteration=1)])
+    says = {
+        "Use mine/iter_01/distill/instruct": GAINED,
+        "Nothing here says that the distilled checkpoint is better": same,
+        "Keep the instruct checkpoint as it came": worse,
+    }
+    for words, comparisons in says.items():
+        assert words in Page(page([reported(comparisons=comparisons, stages=stages)])).words
+    assert (
+        "Use mine" not in Page(page([reported(comparisons=GAINED, stages=stages, missing=["iter_02/distill"])])).words
+    )
 
 
 def test_several_runs_are_one_page() -> None:

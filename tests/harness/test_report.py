@@ -59,6 +59,8 @@ def out(tmp_path: Path) -> Path:
                 "seed": 42,
                 "task": "sums",
                 "answers": 1,
+                "closed": 0,
+                "truncated": 0,
                 "trace_tokens": 0,
                 "answer_tokens": 5,
                 "score": float(right),
@@ -106,6 +108,32 @@ def test_answers_that_are_gone_leave_a_page_without_them(out: Path) -> None:
     for file in (out / "stages").glob("*/answers/*"):
         file.write_text("{")
     assert report.gather(out, "mine").questions == []
+
+
+def test_a_dial_that_has_nothing_yet_or_is_of_an_earlier_iteration_is_not_shown(out: Path) -> None:
+    turned = out / "mine.dial"
+    turned.mkdir()
+    assert report.gather(out, "mine").dial == []
+
+    def rebuilt(run: Path, learnt: str) -> None:
+        noted = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else {"steps": []}
+        step = {
+            "iteration": 1,
+            "name": "reconstruct",
+            "key": "reconstruct-1",
+            "reads": {"inputs": {"instruct": learnt}},
+        }
+        write_json(run / "run.json", {**noted, "steps": [*noted["steps"], step]})
+
+    rows = [json.loads(line) for line in (out / "mine" / "outcomes.jsonl").open()]
+    lines = [json.dumps({**row, "arm": "t=0.5"}) + "\n" for row in rows if row["checkpoint"] == "thinking"]
+    (turned / "outcomes.jsonl").write_text("".join(lines))
+    rebuilt(out / "mine", "distill-1/instruct")
+    rebuilt(turned, "distill-0/instruct")
+    assert report.gather(out, "mine").dial == []
+    write_json(turned / "run.json", {"steps": []})
+    rebuilt(turned, "distill-1/instruct")
+    assert [point.t for point in report.gather(out, "mine").dial] == [0.5]
 
 
 def test_what_is_no_run_or_has_nothing_to_show_is_one_line(out: Path) -> None:

@@ -20,11 +20,9 @@ from harness.stats import (
     least_gain,
     over_runs,
     paired,
-    pass_at,
     per_correct,
     power,
     ratio,
-    spread,
     transferred,
 )
 
@@ -87,11 +85,17 @@ def student(nu: int) -> float:
     return float(optimize.brentq(lambda x: integrate.quad(density, -x, x)[0] - 0.95, 1, 50))
 
 
-@pytest.mark.parametrize("scores", [[0.5, 0.75], [0.0, 0.25, 1.0, 0.5, 0.5, 0.75], [0.25, 0.5] * 20])
+@pytest.mark.parametrize("scores", [[0.0, 0.25, 1.0, 0.5, 0.5, 0.75] * 2, [0.25, 0.5] * 20])
 def test_shares_of_several_answers_are_student_s_over_the_questions(scores: list[float]) -> None:
     mean, n = statistics.mean(scores), len(scores)
     half = student(n - 1) * statistics.stdev(scores) / math.sqrt(n)
     assert interval(scores) == pytest.approx((max(0.0, mean - half), min(1.0, mean + half)), abs=1e-6)
+
+
+def test_near_its_ends_a_mean_of_shares_is_never_surer_than_right_or_wrong() -> None:
+    whole, almost = interval([1.0] * 30), interval([1.0] * 29 + [0.75])
+    assert almost[0] < whole[0]
+    assert almost[1] <= whole[1]
 
 
 @settings(max_examples=50)
@@ -232,19 +236,68 @@ def test_power_is_what_simulation_finds() -> None:
 
 
 def test_few_questions_show_only_large_gains() -> None:
-    assert power(30, least_gain(30), 0) == pytest.approx(0.8, abs=0.01)
-    assert 0.2 < least_gain(30) < 0.3  # of 30, eight and none lost
-    assert least_gain(30) > least_gain(100) > least_gain(200)
-    assert least_gain(100, lost=0.1) > least_gain(100)
-    assert math.isnan(least_gain(5))  # five of five is 0.0625
+    least = {n: least_gain([0.0] * n, [0.0] * n) for n in (30, 100, 200)}
+    assert power(30, least[30], 0) == pytest.approx(0.8, abs=0.01)
+    assert 0.2 < least[30] < 0.3  # of 30, eight and none lost
+    assert least[30] > least[100] > least[200]
+    assert least_gain(*pairs(20, 10, 70)) > least[100], "as many lost as here"
+    assert math.isnan(least_gain([0.0] * 5, [1.0] * 5))  # five of five is 0.0625
+
+
+def test_what_shares_could_show_is_what_simulation_finds() -> None:
+    rng = chance.Random(3)
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
+    before = [rng.choice(shares) for _ in range(60)]
+    after = [rng.choice(shares) for _ in range(60)]
+    least = least_gain(before, after)
+    found = 0
+    for _ in range(100):
+        drawn = [rng.choice(list(zip(before, after, strict=True))) for _ in range(60)]
+        shift = least - statistics.fmean(a - b for b, a in zip(before, after, strict=True))
+        found += paired([b for b, _ in drawn], [a + shift for _, a in drawn]).p <= 0.05
+    assert found == pytest.approx(80, abs=13)
+    assert math.isnan(least_gain([0.5], [0.75]))
 
 
 def test_what_is_resampled_is_the_question_with_all_that_is_known_of_it() -> None:
-    before, after = [0.0, 1.0] * 50, [1.0, 2.0] * 50
-    found = difference(before, after)  # one more for each question, whichever are drawn
-    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
-    halved = ratio([10.0, 20.0, 40.0] * 10, [5.0, 10.0, 20.0] * 10)
-    assert halved == pytest.approx((0.5, 0.5, 0.5))
+    halved = ratio([10.0, 20.0, 40.0] * 10, [6.0, 10.0, 19.0] * 10)
+    assert halved.value == 0.5
+    assert 0.45 < halved.low < 0.5 < halved.high < 0.6
+    alike = ratio([10.0, 20.0] * 10, [5.0, 10.0] * 10)  # one half whichever are drawn, which says nothing of others
+    assert alike.value == 0.5
+    assert math.isnan(alike.low)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n"),
+    [(5, 0, 30), (3, 0, 30), (4, 0, 200), (6, 1, 30), (5, 0, 5), (0, 0, 5), (10, 0, 30), (54, 16, 200)],
+)
+def test_an_interval_says_no_more_than_the_test_beside_it(gained: int, lost: int, n: int) -> None:
+    before, after = pairs(gained, lost, n - gained - lost)
+    found = difference(before, after)
+    assert found.value == pytest.approx((gained - lost) / n)
+    assert (found.low > 0) == (paired(before, after).p <= 0.05)
+    assert found.low < found.high
+
+
+def test_newcombe_s_own_examples() -> None:
+    """Stat. Med. 17, 1998, table II, method 10: 36/12/2/0 of 50, and 2/0/0/98 turned about."""
+    before, after = [1.0] * 48 + [0.0] * 2, [1.0] * 36 + [0.0] * 12 + [1.0] * 2
+    found = difference(after, before)  # 12 against 2 of 50 that differ
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=2e-3)
+
+
+@pytest.mark.parametrize(("n", "gained", "lost"), [(30, 0.1, 0.0), (30, 0.2, 0.1), (100, 0.15, 0.05), (200, 0.03, 0.0)])
+def test_a_paired_interval_covers_the_truth(n: int, gained: float, lost: float) -> None:
+    rng = chance.Random(4)
+    covered = 0
+    for _ in range(400):
+        rolls = [(rng.random(), float(rng.random() < 0.5)) for _ in range(n)]
+        before = [0.0 if roll < gained else 1.0 if roll < gained + lost else same for roll, same in rolls]
+        after = [1.0 if roll < gained else 0.0 if roll < gained + lost else same for roll, same in rolls]
+        found = difference(before, after)
+        covered += found.low <= gained - lost <= found.high
+    assert covered / 400 >= 0.92
 
 
 def test_tokens_for_each_right_answer() -> None:
@@ -264,25 +317,12 @@ def test_how_much_of_a_lead_has_moved() -> None:
     assert math.isnan(transferred(instruct, thinking, instruct).value), "there is no lead to move"
 
 
-def test_seeds_and_questions_are_told_apart() -> None:
-    alike = spread([[0.0, 1.0] * 20] * 3)  # three seeds that agree on every question
-    assert alike.mean == 0.5
-    assert alike.over_runs == (0.5, 0.5)
-    assert alike.over_questions[0] < 0.4 < 0.6 < alike.over_questions[1]
-    apart = spread([[0.4] * 40, [0.5] * 40, [0.6] * 40])
-    assert apart.over_questions == pytest.approx((0.5, 0.5))
+def test_runs_have_student_s_interval() -> None:
     half = student(2) * 0.1 / math.sqrt(3)
-    assert apart.over_runs == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
-    assert math.isnan(over_runs([0.5]).low)
-
-
-def test_the_chance_of_one_right_answer_among_k() -> None:
-    for right, n, k in ((0, 4, 2), (1, 4, 2), (3, 10, 5), (4, 4, 1)):
-        draws = [any(index < right for index in drawn) for drawn in itertools.combinations(range(n), k)]
-        assert pass_at(k, right, n) == pytest.approx(statistics.fmean(draws))
-    for k in (0, 5):
-        with pytest.raises(ValueError, match="k must be from 1 to 4"):
-            pass_at(k, 1, 4)
+    assert over_runs([0.4, 0.5, 0.6]) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-6)
+    for values in ([0.5], [0.5, 0.5]):  # alike by the same work, or by chance: no interval of nothing
+        assert over_runs(values).value == 0.5
+        assert math.isnan(over_runs(values).low)
 
 
 @pytest.mark.parametrize("columns", [([],), ([1.0], [1.0, 2.0])])
