@@ -22,6 +22,7 @@ from packaging.version import Version
 from harness.errors import LoopError
 from harness.files import below, digest
 
+PATIENCE_S = 60  # what is asked takes a second, or ten from a slow disk; a program that is no Python may wait forever
 TOO_NEW = {"vllm": "0.22"}  # engine → the release from which lm-eval 0.4.11 cannot import it
 PROBE = """
 import json, sys
@@ -71,10 +72,19 @@ def look(path: Path, where: str, tools: tuple[str, ...], own: Mapping[str, str])
         LoopError: if it is no Python, or one that could not ask our tasks' questions.
     """
     program = str(path) if path.parent != Path() else shutil.which(str(path))
+    instead = "name the bin/python of the environment that has the tool"
     if not program or not Path(program).is_file():
-        raise LoopError(f"{where}: {path}: no such program; name the bin/python of the environment that has the tool")
+        raise LoopError(f"{where}: {path}: no such program; {instead}")
     pip = f"{shlex.quote(program)} -m pip install"
-    said = subprocess.run([program, "-c", PROBE, *tools], capture_output=True, text=True, check=False)
+    command = [program, "-c", PROBE, *tools]
+    try:
+        said = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise LoopError(f"{where}: {program}: did not say in {PATIENCE_S} s what is installed; {instead}") from None
+    except OSError as error:
+        raise LoopError(f"{where}: {program}: cannot be started ({error.strerror}); {instead}") from None
     try:
         found = json.loads(said.stdout.splitlines()[-1])
     except (ValueError, IndexError):

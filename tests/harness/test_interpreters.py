@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import site
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from small import run_here, small_loop
 
-from harness import asking, loop
+from harness import asking, interpreters, loop
 from harness.config import load, read_recipes
 from harness.errors import LoopError
 from harness.interpreters import check_model, look
@@ -83,6 +85,44 @@ def test_one_that_cannot_ask_is_refused_in_a_line(
     with pytest.raises(LoopError, match=rf"^loop\.yml: python: generate: .*{said}") as caught:
         look(program, WHERE, asking.TOOLS, OWN)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("typed")
+@pytest.mark.parametrize(
+    ("text", "mode", "said"),
+    [
+        ("#!/bin/sh\nexec sleep 30\n", 0o755, r"tool: did not say in 0\.3 s what is installed; name the bin/python"),
+        (
+            "#!/bin/sh\nexec cat\n",
+            0o755,
+            r"tool: does not work as a Python \(exit code 0\)",
+        ),  # which reads what we type
+        ("print()\n", 0o755, r"tool: cannot be started \(Exec format error\); name the bin/python"),
+        ("#!/bin/sh\n", 0o644, r"tool: cannot be started \(Permission denied\); name the bin/python"),
+    ],
+)
+def test_a_program_that_never_answers_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, mode: int, said: str
+) -> None:
+    monkeypatch.setattr(interpreters, "PATIENCE_S", 0.3)
+    program = tmp_path / "tool"
+    program.write_text(text)
+    program.chmod(mode)
+    with pytest.raises(LoopError, match=rf"^loop\.yml: python: generate: .*{said}") as caught:
+        look(program, WHERE, asking.TOOLS, OWN)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def typed() -> Iterator[None]:
+    """A standard input that is open and silent, as a terminal's."""
+    read, write = os.pipe()
+    kept = os.dup(0)
+    os.dup2(read, 0)
+    yield
+    os.dup2(kept, 0)
+    for end in (read, write, kept):
+        os.close(end)
 
 
 def test_an_engine_that_is_not_installed_is_refused() -> None:
