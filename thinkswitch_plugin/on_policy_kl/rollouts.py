@@ -117,11 +117,11 @@ def merged(model: nn.Module) -> Iterator[None]:
         for layer in layers
     )
     own = [layer.weight.data for layer in layers] if fits else []
-    for layer, weight in zip(layers, own, strict=False):
-        delta: Callable[[str], Tensor] = layer.get_delta_weight  # type: ignore[assignment]
-        layer.weight.data = sum(map(delta, layer.active_adapters), start=weight)
-        layer.merged_adapters.extend(layer.active_adapters)
     try:
+        for layer, weight in zip(layers, own, strict=False):
+            delta: Callable[[str], Tensor] = layer.get_delta_weight  # type: ignore[assignment]
+            layer.weight.data = sum(map(delta, layer.active_adapters), start=weight)
+            layer.merged_adapters.extend(layer.active_adapters)
         yield
     finally:
         for layer, weight in zip(layers, own, strict=False):

@@ -187,12 +187,13 @@ class OnPolicyKLTrainer(AxolotlTrainer):
             size = self.opd.rollout_batch_size
             size = max(1, size // self.opd.rollouts_per_prompt if size else len(asked))
             seed_generators(seed, device)
-            with answering(student), merged(student):
-                for start in range(0, len(asked), size):
-                    prompts = [ids for ids, _ in asked[start : start + size]]
-                    if self.opd.server:
-                        rollouts += from_server(prompts, self.opd, self.ends, self.tokenizer)
-                    else:
+            parts = [[ids for ids, _ in asked[start : start + size]] for start in range(0, len(asked), size)]
+            if self.opd.server:
+                for prompts in parts:
+                    rollouts += from_server(prompts, self.opd, self.ends, self.tokenizer)
+            else:
+                with answering(student), merged(student):
+                    for prompts in parts:
                         rollouts += sample(student, prompts, self.opd, self.ends, self.pad)
         theirs = [context for _, context in asked for _ in range(self.opd.rollouts_per_prompt)]
         pairs = zip(rollouts, theirs, strict=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -133,6 +136,34 @@ def test_a_prompt_whose_teacher_comes_to_no_end_is_left_out_with_all_its_rollout
     assert [roll.prompt for roll, _ in scored] == [rows["input_ids"][at] for at in (0, 0, 2, 2)]
     assert all(context == roll.prompt for roll, context in scored)
     assert trainer.metrics.means()["opd/unclosed"] == 1
+
+
+def test_a_server_s_rollouts_leave_the_student_s_weights_alone(build: Any, rows: dict[str, list[Any]]) -> None:
+    """While it answers they are looked at: nothing is added to them, and none stands beside another."""
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    seen = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append([p.data_ptr() for p in trainer.model.parameters()])
+            choices = [{"index": i, "finish_reason": "length", "token_ids": [5]} for i in range(len(asked["prompt"]))]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": choices}).encode())
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        block = {"server": f"http://127.0.0.1:{server.server_port}", "server_model": "student", "rollout_batch_size": 2}
+        trainer = build(rows, block, lora)
+        own = [p.data_ptr() for p in trainer.model.parameters()]
+        scored = trainer.roll_out(rows)
+        server.shutdown()
+    assert [roll.answer for roll, _ in scored] == [[5]] * 3
+    assert seen == [own] * 2
 
 
 # --- the loss ---

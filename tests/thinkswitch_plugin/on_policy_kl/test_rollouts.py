@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.rollouts import end_tokens, from_server, left_padded, merged, sample, sequences
@@ -56,6 +57,18 @@ def test_a_merged_student_is_the_same_policy_and_comes_back_bit_by_bit(pair: Any
     assert len(hooks) == 2 * 28
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_a_student_that_cannot_be_merged_whole_comes_back_too(pair: Any) -> None:
+    model = get_peft_model(copy.deepcopy(pair["instruct"]), LoraConfig(r=4, target_modules="all-linear"))
+    model.get_submodule("base_model.model.model.layers.2.mlp.up_proj.lora_B.default").weight.data = torch.zeros(3, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    own = {name: p.data_ptr() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="size of tensor"), merged(model):
+        pytest.fail("merged with a part that does not fit")
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == own  # where the optimizer knows them
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module.merged for module in model.modules() if isinstance(module, lora.Linear))
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"use_dora": True}])
