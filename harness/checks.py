@@ -330,10 +330,13 @@ def check_processes(recipe: Mapping[str, Any], launcher: str) -> None:
             "--set 'launcher=torchrun --nproc_per_node=2'"
         )
     if sharded == "deepspeed":
+        if isinstance(recipe["deepspeed"], str) and not os.path.isfile(recipe["deepspeed"]):
+            raise LoopError(
+                f"distill recipe: deepspeed: {recipe['deepspeed']}: no such file here or beside the recipe; give its "
+                "path, or its settings in its place"
+            )
         if not find_spec("deepspeed"):
             raise LoopError("distill recipe: deepspeed: is not installed; pip install deepspeed")
-        if not os.path.isfile(recipe["deepspeed"]):
-            raise LoopError(f"distill recipe: deepspeed: {recipe['deepspeed']}: no such file")
     settings = recipe.get("fsdp_config") or {}
     left = settings.get("final_state_dict_type") or settings.get("state_dict_type")
     if left == "SHARDED_STATE_DICT" and not recipe.get("adapter") and recipe.get("save_strategy") == "no":

@@ -347,7 +347,8 @@ SHARES = {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}, "save_strate
     [
         ({"fsdp_config": {"x": 1}}, "python", r"fsdp_config: shares a model out .*--set 'launcher=torchrun"),
         ({"deepspeed": "zero2.json"}, "python", r"deepspeed: shares a model out"),
-        ({"deepspeed": "zero2.json"}, "torchrun --nproc_per_node=2", r"deepspeed: is not installed; pip install"),
+        ({"deepspeed": "zero2.json"}, "torchrun --nproc_per_node=2", r"deepspeed: zero2\.json: no such file here or"),
+        ({"deepspeed": {"bf16": {}}}, "torchrun --nproc_per_node=2", r"deepspeed: is not installed; pip install"),
         (SHARES, "torchrun", r"in shares, which .*--set distill\.fsdp_config\.final_state_dict_type=FULL_STATE_DICT"),
     ],
 )

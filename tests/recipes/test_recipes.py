@@ -246,10 +246,12 @@ def test_the_4b_recipes_pass_axolotl_s_own_validation(checkout: Path, shapes_of_
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_the_recipes_for_several_gpus_pass_axolotl_s_own_validation(
-    checkout: Path, shapes_of_4b: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    checkout: Path, shapes_of_4b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Which is all of FSDP2 and ZeRO that a CPU can do."""
-    monkeypatch.chdir(checkout)
+    """Which is all of FSDP2 and ZeRO that a CPU can do. From any folder: a recipe is complete in its file."""
+    from axolotl.utils.dict import DictDefault
+
+    monkeypatch.chdir(tmp_path)
     checked = validated(short(checkout, shapes_of_4b, name, folder="several_gpus"), gpus=2)
     assert checked.adapter == ("qlora" if name in ("ddp", "zero2") else "lora")
     assert checked.fsdp_version == (2 if name == "fsdp2" else None)
@@ -257,9 +259,10 @@ def test_the_recipes_for_several_gpus_pass_axolotl_s_own_validation(
         assert checked.fsdp_config["state_dict_type"] == "FULL_STATE_DICT"
         assert not checked.lora_mlp_kernel
     elif name != "ddp":
-        settings = json.loads(Path(checked.deepspeed).read_text())
-        assert settings["zero_optimization"]["stage"] == int(name[-1])
-        gathers = settings["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save")
+        assert isinstance(checked.deepspeed, DictDefault)  # which Axolotl writes to a file for DeepSpeed
+        shared = checked.deepspeed.zero_optimization
+        assert shared["stage"] == int(name[-1])
+        gathers = shared.get("stage3_gather_16bit_weights_on_model_save")
         assert gathers is (True if name == "zero3" else None)
 
 
