@@ -11,12 +11,14 @@ this machine (pin it with `revision:`), and the tokenizer's files (Axolotl goes 
 
 from __future__ import annotations
 
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
+from transformers.trainer_utils import unwrap_peft_model
 
 from thinkswitch_plugin.facts import attached, publish
 from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, name_the_cpu, seed_adapter
@@ -91,11 +93,29 @@ def weigh_tokens(trainer: Any) -> None:
 
     Axolotl 0.19 turns this off, and then a device, or a part of an accumulated step, counts the same however few tokens
     its answers have: two processes moved an adapter by 4 to 9 % another way than one did with the same rows.
+
+    A model that does not divide by the step's tokens is left as it is: the trainer would no longer divide by the parts
+    either, and the gradient would be as many times too large as there are.
     """
-    if trainer.args.world_size > 1 or trainer.args.gradient_accumulation_steps > 1:
-        trainer.args.average_tokens_across_devices = True
-        # Axolotl looks for `num_items_in_batch` in the decoder's signature; the whole model reads it from its kwargs.
-        trainer.model_accepts_loss_kwargs = True
+    if trainer.args.world_size == 1 and trainer.args.gradient_accumulation_steps == 1:
+        return
+    model = unwrap_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+    if not _divides_by_the_step(model):
+        LOG.warning(
+            f"{PREFIX}: {type(model).__name__} takes the mean over each device's micro-batch: those with few answer "
+            "tokens count as much as others; gradient_accumulation_steps: 1 in one process has one mean"
+        )
+        return
+    trainer.args.average_tokens_across_devices = True
+    # Axolotl looks for `num_items_in_batch` in the decoder's signature; the whole model reads it from its kwargs.
+    trainer.model_accepts_loss_kwargs = True
+
+
+def _divides_by_the_step(model: Any) -> bool:
+    """What a model without its adapter says of `num_items_in_batch`, by its class or by its signature."""
+    said = getattr(model, "accepts_loss_kwargs", None)
+    kinds = {parameter.kind for parameter in signature(model.forward).parameters.values()}
+    return Parameter.VAR_KEYWORD in kinds if said is None else bool(said)
 
 
 def _is_read_back(dataset: Any, prepared_path: str | None) -> bool:
