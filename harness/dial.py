@@ -14,11 +14,12 @@ from typing import Any
 from harness import asking
 from harness.config import LoopConfig
 from harness.errors import LoopError
-from harness.loop import Run, check_pair, versions
+from harness.loop import Run, check_pair, identified, versions
 from harness.plan import Step
 from harness.rundir import RunDir, place_of
 from harness.stages import RECIPE, External, Keys, Output, Source, Stage, evaluate, reconstruct
-from harness.store import Store
+from harness.store import Known, Store, stamp
+from harness.view import View
 
 MOST = 101  # values
 
@@ -47,67 +48,85 @@ def values(text: str) -> list[float]:
     return list(dict.fromkeys(found))
 
 
-def prepare(out: Path, name: str, ts: Sequence[float]) -> Run:
-    """Plan the dial of a run.
+def prepare(out: Path, name: str, ts: Sequence[float], view: View) -> Run:
+    """Plan the dial of a run; what it was turned to before is kept.
 
     Raises:
-        LoopError: the run has rebuilt nothing yet, or by a recipe that has no one t.
+        LoopError: the run has rebuilt nothing yet, by a recipe that has no one t, or of what is not here any more.
     """
     store, noted = Store(out / "stages"), RunDir(out / name).noted()
     if not noted:
         raise LoopError(f"{out / name}: no such run; see ts-loop status")
-    config = LoopConfig.model_validate(noted["asked"])
+    try:
+        config = LoopConfig.model_validate(noted["asked"])
+    except (KeyError, ValueError):  # made by another version
+        raise LoopError(f"{out / name}: what was asked of it cannot be read; run its command again") from None
     steps = [step for step in noted["steps"] if place_of(step).startswith("iter_") and store.record(step["key"])]
-    done = {(step["name"], step["iteration"]): step["reads"] for step in steps}
+    done = {(step["name"], step["iteration"]): step for step in steps}
     last = max((iteration for step, iteration in done if step == "reconstruct"), default=0)
     if not last or ("evaluate_thinking", last) not in done:
         raise LoopError(f"{name}: no iteration of it is whole yet; a dial turns the last one's t")
-    pair, _ = check_pair(config)
-    here = {
-        "anchor": pair["thinking"],
-        "thinking": pair["thinking"],
-        "instruct": pair["instruct"],
-        "include_path": config.include_path,
-    }
+    pair, on_hub = check_pair(config)
+    known = Known(store.root / ".known.json", view.hashing)
+    came = {role: identified(folder, on_hub[role], known) for role, folder in pair.items()}
+    known.save()
+    here = {"anchor": came["thinking"], **came}
+    watched = {str(folder): stamp(folder) for folder in pair.values()}
 
-    def inputs(reads: Mapping[str, Any]) -> dict[str, Source]:
+    def inputs(step: Mapping[str, Any], leave: str = "") -> dict[str, Source]:
         found: dict[str, Source] = {}
-        for what, identity in reads["inputs"].items():
+        for what, identity in step["reads"]["inputs"].items():
             key, _, inside = identity.partition("/")
-            path = store.folder(key) / inside if inside and store.record(key) else here.get(what)
-            if path is None or not Path(path).exists():
-                raise LoopError(
-                    f"{name}: what it read as {what} is not here any more; run its command again, then dial"
-                )
-            found[what] = External(str(path), identity)
+            if what == leave:
+                continue
+            if inside and store.record(key):
+                path = store.folder(key) / inside
+                if not path.exists():
+                    again = f"--from iter_{last:02d}/distill"
+                    raise LoopError(
+                        f"{name}: {key} has no {inside} any more (gc): run its command with {again}, then dial"
+                    )
+                found[what] = External(str(path), identity)
+            elif what in here:
+                if here[what].identity != identity:
+                    raise LoopError(f"{name}: {here[what].path} is another checkpoint than the run read as {what}")
+                found[what] = here[what]
+            else:
+                place = step.get("paths", {}).get(what)
+                if not place or not Path(place).exists():
+                    where = place or "nobody noted where it was"
+                    raise LoopError(f"{name}: what it read as {what} is not here any more ({where})")
+                found[what], watched[place] = External(place, identity), stamp(Path(place))
         return found
 
     rebuilt, tested = done["reconstruct", last], done["evaluate_thinking", last]
-    recipe = rebuilt["recipes"][RECIPE]
+    merged, asked = rebuilt["reads"], tested["reads"]
+    recipe, asks = merged["recipes"][RECIPE], asked["recipes"][RECIPE]
+    elsewhere = asked["tools"] if {"evaluate", "evaluate_thinking"} & set(config.python) else None
     parameters = recipe.get("parameters") or {}
     if recipe.get("merge_method") not in reconstruct.HAS_T or not isinstance(parameters.get("t"), int | float):
         raise LoopError(f"{name}: its reconstruct recipe has no one t to turn")
+    before = RunDir(out / f"{name}.dial").noted().get("steps", [])
+    turned = [float(step["arm"].removeprefix("t=")) for step in before if str(step.get("arm")).startswith("t=")]
     plan = []
-    for t in ts:
+    for t in sorted({*ts, *turned}):
         merge = Stage(
             reconstruct.KIND,
             {RECIPE: {**recipe, "parameters": {**parameters, "t": t}}},
-            tuple(map(tuple, rebuilt["commands"])),
+            tuple(map(tuple, merged["commands"])),
             inputs(rebuilt),
             device="cpu",
         )
-        asks = tested["recipes"][RECIPE]
-        checkpoint: dict[str, Source] = {"checkpoint": Output(merge, reconstruct.CHECKPOINT)}
-        others = {key: value for key, value in tested["inputs"].items() if key != "checkpoint"}
         test = Stage(
             evaluate.KIND,
             {RECIPE: asks},
-            tuple(map(tuple, tested["commands"])),
-            {**checkpoint, **inputs({"inputs": others})},
-            tasks=tested["tasks"],
+            tuple(map(tuple, asked["commands"])),
+            {"checkpoint": Output(merge, reconstruct.CHECKPOINT), **inputs(tested, "checkpoint")},
+            tasks=asked["tasks"],
             scratch=(asking.NF4_COPY,),
             device=asking.device_of(asks),
             wide=asking.is_wide(asks),
+            versions=elsewhere,
         )
         where = (f"t={t:g}", config.seed, f"t_{t:g}")
         plan += [
@@ -116,4 +135,6 @@ def prepare(out: Path, name: str, ts: Sequence[float]) -> Run:
         ]
     named = config.model_copy(update={"name": f"{name}.dial"})
     keys = Keys(versions(tuple(dict.fromkeys(tool for step in plan for tool in step.stage.kind.tools))))
-    return Run(named, RunDir(out / named.name), store, plan, plan, keys, pair)
+    kept = [step for step in plan if float(step.arm.removeprefix("t=")) in ts or store.record(keys[step.stage])]
+    wanted = [step for step in kept if float(step.arm.removeprefix("t=")) in ts]
+    return Run(named, RunDir(out / named.name), store, kept, wanted, keys, pair, watched)

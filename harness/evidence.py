@@ -97,10 +97,10 @@ def read(folder: Path) -> list[Row]:
     """
     file = folder / "outcomes.jsonl"
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows: list[Row] = [{**json.loads(line)} for line in file.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         raise LoopError(f"{file}: no such file; name a run that has evaluated something") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         raise LoopError(f"{file}: not whole; run its command again, which writes it anew") from None
     if not rows:
         raise LoopError(f"{file}: nothing was evaluated yet")
@@ -389,7 +389,7 @@ def dial(rows: Sequence[Row], anchor: Sequence[Row]) -> list[Point]:
         if (row["iteration"], row["checkpoint"]) == (0, "thinking")
     }
     found = []
-    for (who, task), by_question in by_checkpoint(rows).items():
+    for (who, task), by_question in by_checkpoint(row for row in rows if row["arm"].startswith("t=")).items():
         mine = list(by_question.values())
         scores = [row["score"] for row in mine]
         low, high = stats.interval(scores)

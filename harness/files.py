@@ -1,4 +1,4 @@
-"""Files that a crash cannot halve: JSON in one step, and bytes that are on the disk before anyone says so.
+"""Files that a crash cannot halve: JSON and text in one step, and bytes that are on the disk before anyone says so.
 
 Knows the file system and its refusals. Knows nothing of what is in a file.
 """
@@ -21,13 +21,19 @@ CHUNK_BYTES = 1 << 22
 
 
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
-    """Write JSON in one step: a reader, or a crash, sees the old file or the new one, never half of one.
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", durable)
 
-    `durable`: it is on the disk when this returns.
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """Write text in one step: a reader, or a crash, sees the old file or the new one, never half of one.
+
+    What is no Unicode (half a surrogate pair, as a model may write) becomes a question mark. `durable`: it is on the
+    disk when this returns.
     """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
-        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="replace")
         if durable:
             sync(beside)
         os.replace(beside, path)

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from hashlib import sha256
@@ -18,9 +18,9 @@ from typing import Any
 
 from harness import checks, evidence, interpreters, outcomes, report, schedule, tasks
 from harness.asking import SERVED, TOOLS
-from harness.config import LoopConfig
+from harness.config import ARMS, LoopConfig
 from harness.errors import LoopError, StageError
-from harness.files import below, digest, disk_errors, write_json
+from harness.files import below, digest, disk_errors, write_json, write_text
 from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
@@ -164,10 +164,11 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
         External(str(config.gold), known.path(config.gold)) if config.gold and "gold" in config.arms else None,
     )
     total = max(config.iterations, *(step["iteration"] for step in noted.get("steps", [])), 0)
-    steps = plan(config, inputs, total)
+    steps = plan(with_earlier(config, noted.get("steps", []), recipes, inputs.gold), inputs, total)
     known.save()
     keys = Keys(versions(tuple(dict.fromkeys(tool for step in steps for tool in step.stage.kind.tools))))
-    wanted = [step for step in steps if step.iteration <= config.iterations]
+    asked_for = {(arm, seed) for arm in config.every_arm for seed in config.every_seed}
+    wanted = [step for step in steps if step.iteration <= config.iterations and (step.arm, step.seed) in asked_for]
     kept = [step for step in steps if step in wanted or store.record(keys[step.stage])]
     run = Run(config, folder, store, kept, wanted, keys, pair, watched)
     run.causes = why(noted.get("steps", []), described(run))
@@ -176,6 +177,17 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
     if wishes.again_from:
         run.again |= from_step(run, wishes.again_from)
     return run
+
+
+def with_earlier(
+    config: LoopConfig, steps: Iterable[Mapping[str, Any]], recipes: Mapping[str, Recipe], gold: External | None
+) -> LoopConfig:
+    """A run with the arms and seeds that it had before, too: what is done of them stays its own."""
+    can = {"on_policy": "on_policy" in recipes, "gold": gold is not None}
+    came = [step for step in steps if step.get("arm") in ARMS and can.get(step["arm"], True)]
+    arms = dict.fromkeys([*config.every_arm, *(step["arm"] for step in came)])
+    seeds = dict.fromkeys([*config.every_seed, *(step["seed"] for step in came)])
+    return config.model_copy(update={"arms": list(arms), "seeds": list(seeds)})
 
 
 def interpreters_of(config: LoopConfig, recipes: Mapping[str, Recipe]) -> dict[str, Interpreter]:
@@ -238,6 +250,7 @@ def described(run: Run) -> list[dict[str, Any]]:
             "seed": step.seed,
             "place": step.place,
             "key": run.keys[step.stage],
+            "paths": {name: source.path for name, source in step.stage.inputs.items() if isinstance(source, External)},
             "reads": run.keys.material(step.stage),
         }
         for step in run.steps
@@ -396,8 +409,8 @@ def go(run: Run, view: View, runner: Runner | None = None, told: bool = True) ->
         published = _carried_out(run, view, runner)
         results = published.write()
         if told:
-            reported(run)
             view.end(run, results, evidence.arms(list(published.questions())))
+            reported(run, view)
         return results
 
 
@@ -433,8 +446,7 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> Published:
                     except LoopError as error:
                         view.say(f"not published yet: {error}")  # the last word is `write`'s, below
             except LoopError:
-                with suppress(LoopError):  # what stopped the run is what is to be said
-                    reported(run)
+                reported(run, view)
                 raise
             except BaseException:
                 runner.stop()
@@ -446,14 +458,13 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> Published:
     return published
 
 
-def reported(run: Run) -> None:
-    """Write the run's page, if anything was evaluated.
-
-    Raises:
-        LoopError: if the disk is full.
-    """
+def reported(run: Run, view: View) -> None:
+    """Write the run's page, if anything was evaluated. That it cannot be written is said, and ends no run."""
     if any(step.checkpoint and run.record(step) for step in run.steps):
-        report.write(run.folder.root.parent, [run.folder.root.name])
+        try:
+            report.write(run.folder.root.parent, [run.folder.root.name])
+        except Exception as error:
+            view.say(f"its page could not be written ({type(error).__name__}: {error}); try ts-loop report")
 
 
 class Published:
@@ -520,8 +531,8 @@ class Published:
             if len(self.run.config.every_seed) > 1:
                 results["pooled"] = evidence.pooled(questions)
         with disk_errors(self.run.folder.root):
-            lines = (json.dumps(question) + "\n" for question in questions)
-            self.run.folder.outcomes.write_text("".join(lines), encoding="utf-8")
+            if questions:
+                write_text(self.run.folder.outcomes, "".join(json.dumps(question) + "\n" for question in questions))
             write_json(self.run.folder.results, results)
         return results
 

@@ -80,7 +80,8 @@ def read_run(out: Path, name: str) -> Seen:
         state = "done" if store.record(key) else "running" if store.busy(key) else "waiting"
         kept = {"iteration": step["iteration"], "name": step["name"], "place": place_of(step)}
         steps.append({**kept, "key": key, "state": state})
-    rows = (read_json(folder.results) or {}).get("rows", [])
+    results = read_json(folder.results)
+    rows = results.get("rows", []) if isinstance(results, dict) else []
     return Seen(name, steps, folder.wall_s(), rows)
 
 
@@ -123,8 +124,12 @@ def collect(out: Path, keep: str, dry_run: bool = False) -> list[tuple[str, int]
         steps, working = run.noted()["steps"], run.is_alive()
         last = max((step["iteration"] for step in steps), default=0)
         for step in steps:
-            needed = working or (keep == "last" and step["iteration"] == last)
+            turned = place_of(step).startswith("t_")  # a dial's: each is as good as made again
+            needed = working or (keep == "last" and step["iteration"] == last and not turned)
             referred[step["key"]] = referred.get(step["key"], False) or needed
+            for identity in step.get("reads", {}).get("inputs", {}).values():  # of another run's stage, for a dial
+                key = str(identity).partition("/")[0]
+                referred[key] = referred.get(key, False) or working
     gone = []
     # What goes as a whole first: where the disk is full, what is pruned needs room for its marker.
     for key in sorted(store.every(), key=referred.__contains__):

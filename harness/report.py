@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from harness import asking, evidence, outcomes
 from harness.errors import LoopError, StageError
 from harness.evidence import Arm, Comparison, Figures, Point
-from harness.files import disk_errors, read_json
+from harness.files import disk_errors, read_json, write_text
 from harness.rundir import RunDir, place_of
 from harness.store import Store
 from thinkswitch_plugin.trace_stripping import split_trace
@@ -99,7 +99,7 @@ def gather(out: Path, name: str) -> Report:
     if not noted:
         raise LoopError(f"{out / name}: no such run; see ts-loop status")
     results = read_json(folder.results)
-    if not isinstance(results, dict) or not results.get("rows"):
+    if not isinstance(results, dict) or not isinstance(results.get("rows"), list) or not results["rows"]:
         raise LoopError(f"{out / name}: nothing of it is evaluated yet; there is nothing to report")
     asked = evidence.read(folder.root)
     records = [(step, store.record(step["key"])) for step in noted["steps"]]
@@ -139,7 +139,7 @@ def write(out: Path, names: Sequence[str], to: Path | None = None) -> Path:
     file = to or (RunDir(out / names[0]).report if len(names) == 1 else out / "report.html")
     text = page([gather(out, name) for name in dict.fromkeys(names)])
     with disk_errors(file.parent):
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
     return file
 
 
@@ -153,9 +153,12 @@ def dial_of(out: Path, name: str, asked: Sequence[evidence.Row]) -> list[Point]:
         return {step["reads"]["inputs"]["instruct"] for step in mine if step["iteration"] == last}
 
     turned = out / f"{name}.dial"
-    if not (turned / "outcomes.jsonl").is_file() or not (merged(turned.name) & merged(name)):
-        return []
-    return evidence.dial(evidence.read(turned), asked)
+    try:
+        if (turned / "outcomes.jsonl").is_file() and merged(turned.name) & merged(name):
+            return evidence.dial(evidence.read(turned), asked)
+    except (LoopError, KeyError):
+        pass  # one that was stopped early is none yet
+    return []
 
 
 def curves(store: Store, steps: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -20,13 +20,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harness.errors import LoopError
+from harness.errors import LoopError, StageError
 from harness.files import below, digest, disk_errors, read_json, sync, write_json
 from thinkswitch_plugin.tah.args import LOADER
 
@@ -203,8 +203,8 @@ class Known:
         return str(kept[3])
 
     def save(self) -> None:
-        """Keep what was read for the next time."""
-        with disk_errors(self.file):
+        """Keep what was read for the next time; that there is no room for it costs time alone."""
+        with suppress(StageError), disk_errors(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, self._kept)
 

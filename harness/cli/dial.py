@@ -25,12 +25,13 @@ def command(run: str, ts: str, out: Path, dry_run: bool) -> None:
     from harness import dial, evidence, loop, report, view
 
     out = out.resolve()
-    planned = dial.prepare(out, run, dial.values(ts))
+    console = Console(highlight=False, stderr=dry_run)
+    shown = view.View(console)
+    planned = dial.prepare(out, run, dial.values(ts), shown)
     if dry_run:
+        shown.close()
         click.echo("\n".join(loop.dry(planned)))
         return
-    console = Console(highlight=False)
-    shown = view.View(console)
     try:
         loop.go(planned, shown, told=False)
     finally:

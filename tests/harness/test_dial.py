@@ -12,6 +12,7 @@ from small import command_here
 from harness import dial, loop
 from harness.config import LoopConfig
 from harness.errors import LoopError
+from harness.view import View
 
 
 @pytest.mark.parametrize(
@@ -39,10 +40,10 @@ def test_a_run_that_rebuilt_nothing_has_no_dial(
     shipped: LoopConfig, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     with pytest.raises(LoopError, match="no such run"):
-        dial.prepare(tmp_path, "mine", [0.5])
+        dial.prepare(tmp_path, "mine", [0.5], View(quiet=True))
     run = a_run(shipped, tmp_path)
     run.folder.note(asked=run.config.model_dump(mode="json"), steps=loop.described(run))
     with pytest.raises(LoopError, match="no iteration of it is whole yet"):
-        dial.prepare(tmp_path, run.config.name, [0.5])
+        dial.prepare(tmp_path, run.config.name, [0.5], View(quiet=True))
     assert command_here(monkeypatch, "dial", "mine", "--t", "2", "--out", tmp_path) == 2
     assert "outside 0 (thinking) to 1" in capsys.readouterr().err

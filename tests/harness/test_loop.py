@@ -54,7 +54,7 @@ def test_the_dial_turns_the_last_iteration_s_t_and_trains_nothing(
 ) -> None:
     out, _ = copied
     before = {path.name for path in (out / "stages").iterdir()}
-    turned = dial.prepare(out, "small", [0.0, 0.1])
+    turned = dial.prepare(out, "small", [0.0, 0.1], View(quiet=True))
     loop.go(turned, View(quiet=True), runner, told=False)
     made = {path.name.partition("-")[0] for path in (out / "stages").iterdir() if path.name not in before}
     assert made == {"reconstruct", "evaluate"}

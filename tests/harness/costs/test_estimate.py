@@ -10,6 +10,7 @@ from qwen3 import QWEN3_4B
 from harness.card import of_size
 from harness.config import read_yaml
 from harness.costs.estimate import (
+    PROMPT,
     Speed,
     answer_tokens,
     asking_memory,
@@ -17,6 +18,7 @@ from harness.costs.estimate import (
     asking_seconds,
     ceilings,
     mends,
+    served,
     training_memory,
     training_seconds,
 )
@@ -52,6 +54,46 @@ def test_what_does_not_fit_is_mended_by_what_then_fits():
     assert asking_mend(recipe, shape, 16_384, False, of_size(1), 0.0) == ""
 
 
+def test_a_server_needs_room_for_one_whole_sequence_and_the_rest_of_its_share_is_for_more(recipes: Path):
+    shape, width = of_config(QWEN3_4B), 32_768 + PROMPT
+    recipe = read_yaml(recipes / "qwen3_4b" / "vllm" / "generate_labels.yml")
+    fits = served(recipe, shape, width, False, of_size(24))
+    assert sum(fits.parts.values()) <= fits.room == pytest.approx(0.9 * of_size(24).memory + 0.5e9)
+    assert fits.rows == int(fits.parts["cache"] // (width * shape.kv_bytes())) == 2
+    assert fits.parts["cache"] / shape.kv_bytes() == pytest.approx(90_000, rel=0.05)  # what the recipe says
+    for card, nf4 in ((8, False), (8, True), (12, False)):  # one sequence of 34,816 tokens takes 5.1 GB
+        small = served(recipe, shape, width, nf4, of_size(card))
+        assert sum(small.parts.values()) > small.room
+    few = {**recipe, "model_args": {**recipe["model_args"], "max_num_seqs": 1}}
+    assert served(few, shape, width, False, of_size(80)).rows == 1
+
+
+def test_vllms_own_recipes_for_a_card_fit_it(recipes: Path):
+    for folder, nf4, size in (("vllm", False, 24), ("vllm_8gb", True, 8)):
+        for name in ("generate_labels", "evaluate_thinking", "evaluate_instruct"):
+            recipe = read_yaml(recipes / "qwen3_4b" / folder / f"{name}.yml")
+            found = served(recipe, of_config(QWEN3_4B), answer_tokens(recipe, None) + PROMPT, nf4, of_size(size))
+            assert sum(found.parts.values()) <= found.room
+
+
+def test_what_a_server_has_no_room_for_is_mended_by_what_then_fits(recipes: Path):
+    shape, width = of_config(QWEN3_4B), 32_768 + PROMPT
+    recipe = read_yaml(recipes / "qwen3_4b" / "vllm" / "generate_labels.yml")
+    mend = asking_mend(recipe, shape, width, False, CARD, 0.0)
+    assert mend.split() == [
+        "nf4=true",
+        "model_args.enforce_eager=true",
+        f"model_args.max_model_len={width // 2}",
+        f"gen_kwargs.max_gen_toks={width // 2 - PROMPT}",
+    ]
+    changed = {**recipe["model_args"], "enforce_eager": True, "max_model_len": width // 2}
+    then = served({**recipe, "model_args": changed}, shape, width // 2, True, CARD)
+    assert sum(then.parts.values()) <= then.room
+    unsaid = {"model": "vllm", "model_args": {"dtype": "bfloat16"}}  # all 262,144 positions, then
+    assert asking_mend(unsaid, shape, 16_384, False, of_size(24), 0.0) == "model_args.max_model_len=16384"
+    assert asking_mend(recipe, shape, width, False, of_size(2), 0.0) == ""
+
+
 def test_a_training_is_mended_mildest_first_and_by_nothing_that_it_says_already(recipes: Path):
     found = list(mends(read_yaml(recipes / "qwen3_4b" / "on_policy_kl.yml")))
     first, changed = found[0]
@@ -83,7 +125,7 @@ def test_time_and_tokens_are_counted_as_at_most():
     assert (seconds, tokens) == (pytest.approx(15 * (1 + 2 * 100 * 0.01)), 15 * 200)
     capped, _ = training_seconds({"micro_batch_size": 2, "max_steps": 1}, row, 10, speed)
     assert capped == pytest.approx(1 + 2 * 100 * 0.01)
-    assert asking_seconds({"batch_size": 4}, [(10, 100), (3, 50)], 0.5) == ((3 * 100 + 50) * 0.5, 1150)
+    assert asking_seconds([(10, 100), (3, 50)], 4, 0.5) == ((3 * 100 + 50) * 0.5, 1150)
 
 
 def test_an_answers_length_is_the_recipes_else_the_tasks_else_lm_evals():
