@@ -26,7 +26,9 @@ def gemma3() -> Any:
     vision |= {"image_size": 8, "patch_size": 4}
     tokens = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
     text = {**SIZES, **HEADS, "layer_types": ["full_attention"]}
-    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens))
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    )
 
 
 def llama() -> Any:
