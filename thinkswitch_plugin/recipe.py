@@ -80,6 +80,13 @@ def name_the_cpu(cfg: Any) -> None:
         cfg.device_map = {"": "cpu"}
 
 
+def spreads(device_map: Any) -> bool:
+    """Say whether a device map may put layers of one model on several devices: by a strategy, or by naming several."""
+    if isinstance(device_map, Mapping):
+        return len({str(device).rpartition(":")[2] for device in device_map.values()}) > 1  # 0 is also cuda:0
+    return isinstance(device_map, str) and device_map.startswith(("auto", "balanced", "sequential"))
+
+
 def leave_lora_kernels_off(cfg: Any) -> None:
     """Say false for each of Axolotl's LoRA kernels that a recipe leaves open: in 4 bits it turns them on by itself."""
     for kernel in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from thinkswitch_plugin.on_policy_kl.args import SELF, OnPolicyKLConfig
-from thinkswitch_plugin.recipe import is_there, refuse
+from thinkswitch_plugin.recipe import is_there, refuse, spreads
 
 # What the rollouts rule out, and what to do about it.
 REFUSED = {
@@ -60,9 +60,10 @@ def check_devices(device_map: Any, cards: int) -> None:
     Raises:
         ValueError: the student would be spread.
     """
-    if isinstance(device_map, str) and cards > 1 and device_map.startswith(("auto", "balanced", "sequential")):
+    if spreads(device_map) and (cards > 1 or isinstance(device_map, Mapping)):
+        over = "several devices" if isinstance(device_map, Mapping) else f"{cards} cards"
         raise ValueError(
-            f"on_policy_kl: device_map {device_map} spreads the student over {cards} cards, away from its teacher: "
+            f"on_policy_kl: device_map {device_map} spreads the student over {over}, away from its teacher: "
             "start a process a card (--launcher torchrun), or let CUDA_VISIBLE_DEVICES name one card"
         )
 

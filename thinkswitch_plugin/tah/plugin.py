@@ -26,6 +26,7 @@ from thinkswitch_plugin.recipe import (
     name_the_cpu,
     refuse,
     seed_adapter,
+    spreads,
 )
 from thinkswitch_plugin.tah.args import ADAPTER, PLUGIN, TaHBlock, read_block
 from thinkswitch_plugin.tah.config import TaHConfig
@@ -46,7 +47,6 @@ REFUSED = {
     "merge_lora": "the adapter belongs to depths from 2 on and cannot be merged; use the checkpoint as it is",
     "streaming": "hard tokens are marked beforehand; remove it",
     "torch_compile": "how many tokens go deeper differs from batch to batch; remove it",
-    "device_map": "a model's layers stay on one device; remove it, and start a process for each GPU (torchrun)",
     "do_bench_eval": "it reads logits, of which an evaluation here makes none; use lm_eval",
     **dict.fromkeys(
         ("context_parallel_size", "tensor_parallel_size", "dp_shard_size"),
@@ -92,6 +92,11 @@ class TaHPlugin(BasePlugin):
         if cfg.get("adapter") != ADAPTER:
             raise ValueError(f"tah: adapter is {cfg.get('adapter')!r}; write `adapter: {ADAPTER}`")
         refuse(ADAPTER, cfg, REFUSED)
+        if spreads(cfg.get("device_map")):
+            raise ValueError(
+                f"tah: device_map is {cfg['device_map']}: a model's layers stay on one device; name one, or remove it "
+                "and start a process for each GPU (torchrun)"
+            )
         for name, what in SHARDING.items():
             if os.environ.get(name, "false").lower() in ("1", "true"):
                 raise ValueError(f"tah: accelerate is told to use {what}, which shards the model; {DATA_PARALLEL}")

@@ -91,12 +91,17 @@ def test_one_device_of_a_kind_is_no_parallelism() -> None:
 
 
 def test_a_student_is_not_spread_over_cards() -> None:
-    for device_map, cards in (("auto", 1), ({"": 1}, 2), (None, 2)):
+    for device_map, cards in (("auto", 1), ({"": 1}, 2), (None, 2), ("cuda:0", 2), ({"a": 0, "b": "cuda:0"}, 2)):
         check_devices(device_map, cards)
     with pytest.raises(
         ValueError, match=r"^on_policy_kl: device_map auto spreads the student over 2 cards, .*torchrun"
     ):
         check_devices("auto", 2)
+    for spread in ({"model": 0, "lm_head": 1}, {"model": "cuda:0", "lm_head": "cpu"}):
+        with pytest.raises(
+            ValueError, match=r"^on_policy_kl: device_map \{.*\} spreads the student over several devices"
+        ):
+            check_devices(spread, 1)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,11 @@ def test_a_wrong_block_is_one_line_that_names_the_key(block: dict[str, Any], lin
         ({"context_parallel_size": 2}, "tah: context_parallel_size is set"),
         ({"dp_shard_size": 2}, "tah: dp_shard_size is set"),
         ({"torch_compile": "auto"}, "tah: torch_compile is set"),
-        ({"device_map": "auto"}, "tah: device_map is set: a model's layers stay on one device"),
+        ({"device_map": "auto"}, "tah: device_map is auto: a model's layers stay on one device"),
+        ({"device_map": "balanced_low_0"}, "tah: device_map is balanced_low_0: a model's layers stay on one device"),
+        ({"device_map": "sequential"}, "tah: device_map is sequential: a model's layers stay on one device"),
+        ({"device_map": {"backbone.model": 0, "backbone.lm_head": 1}}, "stay on one device; name one, or remove it"),
+        ({"device_map": {"backbone.model": 0, "backbone.lm_head": "cpu"}}, "stay on one device; name one, or remove"),
         ({"adapter": "lora"}, "write `adapter: tah`"),
         ({"base_model": "nowhere/at/all"}, "base_model nowhere/at/all: no such folder"),
         ({"tah": {**BACKBONE, "reference": "./nowhere"}}, "tah.reference ./nowhere: no such folder"),
@@ -92,6 +96,11 @@ def test_what_does_not_go_together_is_refused_before_any_weight(
         TaHPlugin().register({**cfg, **changes})
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("device_map", ["cuda:0", "cpu", {"": 0}, {"": "cuda:1"}, {"model": 0, "lm_head": "cuda:0"}])
+def test_one_device_may_be_named(recipes: Path, device_map: Any) -> None:
+    TaHPlugin().register(recipe(recipes, BACKBONE, device_map=device_map))
 
 
 def test_what_accelerate_was_told_is_refused_too(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
