@@ -16,9 +16,8 @@ from typing import Any
 
 from harness.card import of_size
 from harness.config import read_yaml, recipes_folder
-from harness.costs.estimate import answer_tokens, asking_memory, ceilings, question, training_memory
+from harness.costs.estimate import PROMPT, answer_tokens, asking_memory, ceilings, question, training_memory
 from harness.costs.footprint import ask
-from harness.costs.forecast import PROMPT
 from harness.costs.shape import read_shape
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GB

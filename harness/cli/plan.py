@@ -193,7 +193,7 @@ def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: fl
         console.print(f"{line.name or line.title}: {told}", style="dim", soft_wrap=True)
     for line in lines:
         if not line.fits:
-            more = (line.memory - card.memory) / GB
+            more = (line.memory - line.room) / GB
             mend = f"mend it by {line.mend}" if line.mend else "no setting mends it: a larger card, a smaller pair"
             console.print(f"[bold red]{line.name or line.title}[/] needs {more:.2f} GB more: {mend}", soft_wrap=True)
 

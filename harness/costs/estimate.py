@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.asking import BUDGETS, LM_EVAL_TOKENS
+from harness.asking import BUDGETS, LM_EVAL_TOKENS, SERVED
 from harness.card import Card
 from harness.costs import aside
 from harness.costs.footprint import Footprint, Question, ask
-from harness.costs.shape import Shape, read_shape
+from harness.costs.shape import BYTES, Shape, read_shape
 from harness.errors import LoopError
 from harness.files import read_json
 
 CUDA_BYTES = 0.45e9  # a process's context and its libraries' workspaces
+SHORTER = (2, 4, 8, 16)  # parts of an answer, where the whole does not fit
 HEAP = 0.75  # of a CPU's small blocks that come and go, what the C library keeps beside them: docs/results.md
 TRACED_KEYS = (  # of a training recipe, on which what a step holds depends
     *("adapter", "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules"),
@@ -33,6 +34,9 @@ TRACED_KEYS = (  # of a training recipe, on which what a step holds depends
     *("liger_fused_linear_cross_entropy", "on_policy_kl", "tah"),
 )
 SHARD_BYTES = 5e9  # of a checkpoint's files, at most, as they are usually cut
+GRAPHS_BYTES = 0.5e9  # vLLM's CUDA graphs, which lie beside what it reserves
+READ_AT_ONCE, AT_ONCE = 8192, 256  # vLLM's own on cards below 70 GB: prompt tokens of a pass, answers
+PROMPT = 512  # tokens that a question is given
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class Estimate:
         leaves: bytes on the disk when it is done, of all iterations.
         beside: bytes more on the disk while it runs.
         download: bytes fetched before it.
-        fits: on the device.
+        room: bytes that it may take: the device's, or what vLLM reserves of them.
+        fits: into that.
         mend: what makes it fit, as it is typed; empty where it fits or nothing is known.
         notes: what the figures take for granted.
     """
@@ -101,6 +106,7 @@ class Estimate:
     leaves: float = 0.0
     beside: float = 0.0
     download: float = 0.0
+    room: float = math.inf
     fits: bool = True
     mend: str = ""
     notes: tuple[str, ...] = ()
@@ -293,11 +299,9 @@ def asking_memory(
         floor: what the imports hold, on a CPU.
         most: questions of a task, of which a batch has no more.
     """
-    arguments = recipe.get("model_args") or {}
-    if recipe.get("model") in ("vllm", "sglang"):
-        return {"reserved": float(arguments.get("gpu_memory_utilization") or 0.9) * card.memory}
-    named = str(arguments.get("dtype") or "auto").removeprefix("torch.")
-    dtype = shape.dtype if named == "auto" else named
+    if recipe.get("model") in SERVED:
+        return served(recipe, shape, tokens, nf4, card).parts
+    dtype = dtype_of(recipe, shape)
     rows = min(batch_of(recipe), most or batch_of(recipe))
     weights, cache = shape.weights_bytes(nf4, dtype), rows * tokens * shape.kv_bytes(dtype)
     layer = cache / max(1, shape.cached_layers) * 2  # one layer's lie there twice, and as each query's
@@ -312,25 +316,112 @@ def asking_memory(
     return {"imports": floor, **parts}
 
 
+def dtype_of(recipe: Mapping[str, Any], shape: Shape) -> str:
+    """In which a checkpoint answers."""
+    named = str((recipe.get("model_args") or {}).get("dtype") or "auto").removeprefix("torch.")
+    return shape.dtype if named == "auto" else named
+
+
+@dataclass(frozen=True)
+class Served:
+    """What vLLM or SGLang makes of a card.
+
+    Attributes:
+        parts: bytes by name; the cache takes whatever is left, and at least one whole sequence.
+        room: bytes that these may take; with less than that sequence needs they refuse to start.
+        rows: answers at once, each as long as it may be.
+    """
+
+    parts: dict[str, float]
+    room: float
+    rows: int
+
+
+def served(recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool, card: Card) -> Served:
+    """How a checkpoint that a server answers with fits a card; arguments as of `asking_memory`.
+
+    A server takes a fixed share of the card: weights and what one pass over prompts holds, and a cache of the rest.
+    """
+    arguments, dtype = recipe.get("model_args") or {}, dtype_of(recipe, shape)
+
+    def said(*names: str, usual: float) -> float:
+        return float(next((arguments[name] for name in names if arguments.get(name)), usual))
+
+    cards = said("tensor_parallel_size", "tp_size", usual=1)
+    longest = int(said("max_model_len", "max_length", "context_length", usual=shape.positions or tokens))
+    rows = int(said("max_num_seqs", "max_batch_size", "max_running_requests", usual=AT_ONCE))
+    reserved = said("gpu_memory_utilization", "mem_fraction_static", usual=0.9) * card.memory
+    graphs = 0.0 if arguments.get("enforce_eager") or not card.gpu else GRAPHS_BYTES
+    # Of one layer at a time, what each linear layer leaves; the logits once an answer.
+    pass_of = min(said("max_num_batched_tokens", usual=READ_AT_ONCE), rows * longest)
+    layer = pass_of * shape.linear / max(1, shape.layers) / shape.hidden * BYTES[dtype]
+    held = {
+        "CUDA": CUDA_BYTES,
+        "weights": shape.weights_bytes(nf4, dtype) / cards,
+        "a pass over prompts": (layer + 3.0 * rows * shape.vocabulary * 4) / cards,
+    }
+    each = shape.kv_bytes(dtype) / cards
+    cache = reserved - sum(held.values())
+    at_once = int(cache // (each * min(tokens, longest)))
+    parts = {**held, "cache": max(cache, longest * each), **({"CUDA graphs": graphs} if graphs else {})}
+    return Served(parts, min(card.memory, reserved + graphs), max(1, min(rows, at_once)))
+
+
+def room_of(recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool, card: Card) -> float:
+    """Bytes that a checkpoint which answers may take."""
+    return served(recipe, shape, tokens, nf4, card).room if recipe.get("model") in SERVED else card.memory
+
+
+def served_mend(recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool, card: Card) -> str:
+    """As `asking_mend`, of a server."""
+    arguments = recipe.get("model_args") or {}
+    tries: list[tuple[int, bool, bool]] = []  # tokens of a sequence, NF4, no CUDA graphs
+    eager = bool(arguments.get("enforce_eager"))
+    for part in (1, *SHORTER):
+        settings = [(nf4, eager), (True, eager), (nf4, True), (True, True)]
+        tries += [(tokens // part, *each) for each in dict.fromkeys(settings if part == 1 else settings[-1:])]
+    for longest, packed, no_graphs in tries:
+        limits = {"max_length": None, "context_length": None, "max_model_len": longest}
+        changed = {**recipe, "model_args": {**arguments, **limits, "enforce_eager": no_graphs}}
+        found = served(changed, shape, longest, packed, card)
+        if sum(found.parts.values()) > found.room:
+            continue
+        typed = ["nf4=true"] if packed and not nf4 else []
+        typed += ["model_args.enforce_eager=true"] if no_graphs and not eager else []
+        name = next((key for key in limits if arguments.get(key)), "max_model_len")
+        typed += [f"model_args.{name}={longest}"] if arguments.get(name) != longest else []
+        typed += [f"gen_kwargs.max_gen_toks={longest - PROMPT}"] if longest < tokens else []
+        if longest > PROMPT:
+            return " ".join(typed)
+    return ""
+
+
 def asking_mend(recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool, card: Card, floor: float) -> str:
     """What makes a checkpoint that answers fit the device, as it is typed; empty where nothing does."""
+    if recipe.get("model") in SERVED:
+        return served_mend(recipe, shape, tokens, nf4, card)
     tries: list[tuple[str, dict[str, Any], int, bool]] = []
     if not nf4:
         tries.append(("nf4=true", dict(recipe), tokens, True))
     if batch_of(recipe) > 1:
         tries.append(("batch_size=1", {**recipe, "batch_size": 1}, tokens, nf4))
         tries.append(("nf4=true batch_size=1", {**recipe, "batch_size": 1}, tokens, True))
-    for part in (2, 4, 8, 16):
+    for length in (tokens // part for part in SHORTER if tokens // part > PROMPT):
         shorter = {**recipe, "batch_size": 1}
-        tries.append((f"nf4=true batch_size=1 gen_kwargs.max_gen_toks={tokens // part}", shorter, tokens // part, True))
+        tries.append((f"nf4=true batch_size=1 gen_kwargs.max_gen_toks={length - PROMPT}", shorter, length, True))
     for typed, changed, length, packed in tries:
         if sum(asking_memory(changed, shape, length, packed, card, floor).values()) <= card.memory:
             return typed
     return ""
 
 
-def asking_seconds(recipe: Mapping[str, Any], asked: Sequence[tuple[int, int]], decode: float) -> tuple[float, float]:
-    """Seconds and tokens of answers as long as they may be; `asked` is (questions, tokens of an answer) a task."""
-    rows = batch_of(recipe)
+def asking_seconds(asked: Sequence[tuple[int, int]], rows: int, decode: float) -> tuple[float, float]:
+    """Seconds and tokens of answers as long as they may be.
+
+    Args:
+        asked: (questions, tokens of an answer) a task.
+        rows: answers at once.
+        decode: seconds of one more token of each of them.
+    """
     tokens = float(sum(count * length for count, length in asked))
     return sum(math.ceil(count / rows) * length for count, length in asked) * decode, tokens

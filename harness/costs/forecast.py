@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import checks, tasks
+from harness.asking import SERVED
 from harness.card import Card
 from harness.config import LoopConfig, read_yaml
 from harness.costs import aside
 from harness.costs.estimate import (
+    PROMPT,
     Estimate,
     Speed,
     answer_tokens,
@@ -22,11 +24,14 @@ from harness.costs.estimate import (
     asking_mend,
     asking_seconds,
     batch_of,
+    dtype_of,
     file_bytes,
     lengths,
     mended,
     merging_memory,
     question,
+    room_of,
+    served,
     training_memory,
     training_seconds,
 )
@@ -39,7 +44,6 @@ from harness.stages import RECIPE, External, Recipe, Stage, placed
 
 GUESSED = 30  # questions of a task whose data is not here
 OUT_SHARD = 2e9  # bytes of a shard that mergekit is asked for
-PROMPT = 512  # tokens that a question is given
 ROLES = {"instruct": "instruct", "thinking": "thinking", "anchor": "thinking"}  # a stage's inputs: which of the pair
 
 
@@ -217,7 +221,7 @@ def training(
     kept = 0.0 if recipe.get("save_strategy") == "no" else merged if not adapter else adapter * 3
     return Estimate(
         name, "instruct learns", iterations, memory, parts, tokens, seconds, leaves, kept,
-        fits=fits, mend=typed(name, mend), notes=tuple(notes),
+        room=on.card.memory, fits=fits, mend=typed(name, mend), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -254,15 +258,17 @@ def asking(
     width = longest + PROMPT
     most = max((count for count, _ in budgets), default=1)
     parts = asking_memory(recipe, shape, width, nf4, on.card, on.floor, most)
-    memory = sum(parts.values())
-    fits = memory <= on.card.memory
-    mend = "" if fits else asking_mend(recipe, shape, longest, nf4, on.card, on.floor)
-    named = str((recipe.get("model_args") or {}).get("dtype") or "auto")
-    dtype = shape.dtype if named == "auto" else named
+    memory, room = sum(parts.values()), room_of(recipe, shape, width, nf4, on.card)
+    fits = memory <= room
+    mend = "" if fits else asking_mend(recipe, shape, width, nf4, on.card, on.floor)
+    by_server = recipe.get("model") in SERVED
+    rows = min(most, served(recipe, shape, width, nf4, on.card).rows if by_server else batch_of(recipe))
     config = read_json(pair.thinking / "config.json")
-    speed = on.speed(config, nf4, dtype, batch_of(recipe))
-    seconds, tokens = asking_seconds(recipe, budgets, speed.decode if speed else 0.0)
+    speed = on.speed(config, nf4, dtype_of(recipe, shape), rows)
+    seconds, tokens = asking_seconds(budgets, rows, speed.decode if speed else 0.0)
     notes = [f"{sum(count for count, _ in budgets):,} questions of at most {longest:,} tokens"]
+    if by_server:
+        notes.append(f"{recipe['model']}'s cache holds {rows:,} of them at once")
     if not all(one.counted for one in asked):
         notes.append(f"{GUESSED} a task where its data is not here")
     if mean:
@@ -272,7 +278,7 @@ def asking(
     return Estimate(
         name, title, iterations, memory, parts, tokens * len(iterations),
         seconds * len(iterations) if speed else None, beside=shape.weights_bytes(True) if nf4 else 0.0,
-        fits=fits, mend=typed(name, mend), notes=tuple(notes),
+        room=room, fits=fits, mend=typed(name, mend), notes=tuple(notes),
     )  # fmt: skip
 
 
