@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -28,6 +29,7 @@ from thinkswitch_plugin.prompts import is_source
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 SAID = re.compile(r"output length (?:of|to) ([\d,]{3,7})")  # how Qwen's cards say how long an answer may get
 LONGEST = 32_768  # tokens of an answer where nothing says more or less
+LEAST = 256  # tokens: what a generation config says below that is a library's default, and nobody's answer
 OVERHEAD = 0.9e9  # a CUDA context, the allocator's gaps, activations of one token
 AT_ONCE = 64  # answers or rows, at most: a batch goes on until its longest one ends
 SMALL = 100e6  # parameters, up to which two stages side by side do no harm on a CPU
@@ -83,6 +85,7 @@ class Wanted:
         tasks: lm-eval tasks that are scored.
         include_path: a folder of the user's own tasks.
         count: how many prompts there are, None if nobody knows yet.
+        vram: of the card in GB, if it was named.
     """
 
     folder: str
@@ -93,6 +96,7 @@ class Wanted:
     tasks: list[str] | None = None
     include_path: Path | None = None
     count: int | None = None
+    vram: float | None = None
 
 
 def is_embedded(pair: Mapping[str, str]) -> bool:
@@ -113,6 +117,7 @@ def prepared(
     tasks: list[str] | None = None,
     include_path: Path | None = None,
     name: str | None = None,
+    vram: float | None = None,
 ) -> Written:
     """`write` for a pair that was looked at first: its configs, cards and tokenizers, and the user's prompts.
 
@@ -124,6 +129,7 @@ def prepared(
         tasks: lm-eval tasks that are scored.
         include_path: a folder of the user's own tasks.
         name: of the run.
+        vram: of the card in GB, if it was named.
 
     Raises:
         LoopError: with the first thing that will not work.
@@ -132,7 +138,7 @@ def prepared(
     checks.check_described(folders["instruct"], folders["thinking"])
     count = len(checks.checked_prompts(prompts[0])) if prompts and is_source(prompts[0]) else None
     named = name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(folder).resolve().name).lstrip("-._") or "own"
-    wanted = Wanted(folder, pair["instruct"], pair["thinking"], named, prompts, tasks, include_path, count)
+    wanted = Wanted(folder, pair["instruct"], pair["thinking"], named, prompts, tasks, include_path, count, vram)
     return write(wanted, folders, card or at_hand())
 
 
@@ -162,10 +168,11 @@ def write(wanted: Wanted, folders: Mapping[str, Path], card: Card) -> Written:
             "smaller pair"
         )
     how = {who: asked_how(folders[who], shape, room, dtype) for who in ("instruct", "thinking")}
-    rows, sequence = rows_a_step(wanted.count or USUAL_COUNT), min(4096, shape.positions or 4096)
+    rows, sequence = rows_a_step(wanted.count or USUAL_COUNT), row_length(shape, card)
     micro = min(rows, micro_batch(shape, card, sequence))
     prompts, tasks = wanted.prompts or PROMPTS, wanted.tasks or TASKS
     rollouts = 4 if rows < AT_ONCE else 1
+    beside = together(shape, card, dtype, rollouts, sequence)
     values = {
         "size": f"{shape.parameters / 1e9:.3g}B" if shape.parameters >= 1e8 else f"{shape.parameters:,}",
         "card": card.name,
@@ -194,9 +201,11 @@ def write(wanted: Wanted, folders: Mapping[str, Path], card: Card) -> Written:
         "optimizer": "paged_adamw_8bit" if card.gpu else "adamw_torch_fused",
         "liger": card.gpu and has_liger(folders["instruct"]),
         "rollouts": rollouts,
-        "together": together(shape, card, dtype, rollouts, sequence),
+        "together": beside,
         "trace_tokens": how["thinking"].tokens,
-        "answer_tokens": min(1024, sequence // 4),
+        "answer_tokens": min(1024, beside.sequence // 4),
+        "on": f" --vram {wanted.vram:g}" if wanted.vram else "",
+        "config": shlex.quote(f"{wanted.folder}/loop.yml"),
         "tight": card.gpu and card.memory < TIGHT,
         "t": T,
         "labels": f"{wanted.folder}/out/generate",
@@ -240,6 +249,7 @@ def write(wanted: Wanted, folders: Mapping[str, Path], card: Card) -> Written:
         ("a trace and its answer", f"{how['thinking'].tokens:,} tokens at most: {how['thinking'].length_from}"),
         ("an answer alone", f"{how['instruct'].tokens:,} tokens at most: {how['instruct'].length_from}"),
         ("sampling", how["thinking"].sampling_from),
+        *([("faster", "vLLM writes many answers at once: README, and recipes/qwen3_4b/vllm")] if card.gpu else []),
         (
             "training",
             f"QLoRA, {rows} rows a step, {micro} at once, of {sequence:,} tokens; rate {learning_rate(shape.hidden)}",
@@ -307,14 +317,19 @@ def asked_how(folder: Path, shape: Shape, room: int, dtype: str) -> Asked:
     if (fits := room // shape.kv_bytes(dtype) - prompt) < tokens:
         length_from = f"what fits, of {tokens:,} ({length_from})"
         tokens = power_of_two(fits)  # which leaves room for what was not counted
-    batch = int(SPARE * room // (shape.kv_bytes(dtype) * (tokens + prompt)))
-    return Asked(tokens, length_from, *said, max(1, min(AT_ONCE, batch)))
+    return Asked(tokens, length_from, *said, answers_at_once(shape, room, dtype, tokens + prompt))
+
+
+def answers_at_once(shape: Shape, room: int, dtype: str, tokens: int) -> int:
+    """How many answers are written at once, of so many tokens each with its prompt, in `room` bytes for their cache."""
+    return max(1, min(AT_ONCE, int(SPARE * room // (shape.kv_bytes(dtype) * tokens))))
 
 
 def wanted_length(folder: Path, config: Mapping[str, Any]) -> tuple[int, str]:
     """How long an answer may get, in tokens, and who says so."""
-    if isinstance(config.get("max_new_tokens"), int):
-        return config["max_new_tokens"], "its generation_config.json says so"
+    said = config.get("max_new_tokens")
+    if isinstance(said, int) and said >= LEAST:
+        return said, "its generation_config.json says so"
     try:
         found = SAID.search((folder / "README.md").read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -339,14 +354,30 @@ def learning_rate(hidden: int) -> float:
     return float(f"{max(1e-4, min(2e-3, 2e-4 * 2560 / hidden)):.1e}")
 
 
+def row_bytes(shape: Shape, sequence: int) -> int:
+    """What a row holds in a training step with checkpointed layers, roughly.
+
+    A layer keeps its input; one layer at a time is computed again, some 50 numbers a unit of width.
+    """
+    return sequence * 2 * shape.hidden * (shape.layers + 50)
+
+
+def row_length(shape: Shape, card: Card) -> int:
+    """Tokens of a row, as many as a step of one row can hold: 4,096 where the card and the positions allow."""
+    longest = min(4096, shape.positions or 4096)
+    if not card.gpu:
+        return longest
+    left = card.memory - shape.weights_bytes(True, "bfloat16") - OVERHEAD
+    lengths = [length for length in (longest, 2560, 2048, 1024, 512) if length <= longest]
+    return next((length for length in lengths if row_bytes(shape, length) <= left), lengths[-1])
+
+
 def micro_batch(shape: Shape, card: Card, sequence: int) -> int:
     """Rows of full length that fit a training step, roughly: half of what is left for activations, a power of two."""
     if not card.gpu:
         return AT_ONCE if shape.parameters < SMALL else 1
-    # Checkpointed layers keep their input; one layer at a time is computed again, some 50 numbers a unit of width.
-    each = sequence * 2 * shape.hidden * (shape.layers + 50)
     left = card.memory - shape.weights_bytes(True, "bfloat16") - 2 * OVERHEAD
-    return min(AT_ONCE, power_of_two(left / 2 / each))
+    return min(AT_ONCE, power_of_two(left / 2 / row_bytes(shape, sequence)))
 
 
 def has_liger(folder: Path) -> bool:

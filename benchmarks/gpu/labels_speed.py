@@ -6,8 +6,10 @@
 
 Each is started as the loop starts it, `lm_eval run --config`, on the same prompts with the same checkpoint, once for
 short answers and once for long ones: tokens a second is the difference in tokens over the difference in seconds, so
-that imports, loading and CUDA graphs are in neither. The two take turns. Ends with one line of JSON: `speedup` is the
-median over rounds of the other's tokens a second over `hf`'s, `device` is the card's name.
+that imports, loading and CUDA graphs are in neither. The two take turns, and both know how long the long answers may
+get: `hf` writes as many at once as `ts-loop init` gives a card for that length, vLLM as many as it sees fit. Ends with
+one line of JSON: `speedup` is the median over rounds of the other's tokens a second over `hf`'s, `batch` how many
+answers each was told to write at once, `device` the card's name.
 """
 
 from __future__ import annotations
@@ -25,30 +27,50 @@ from typing import Any
 
 import yaml
 
+from harness.card import at_hand
+from harness.checks import described_checkpoint
+from harness.costs.shape import read_shape
+from harness.files import read_json
+from harness.own import OVERHEAD, answers_at_once
+
 ROOT = Path(__file__).resolve().parent.parent.parent
+PROMPT = 2048  # tokens, beside an answer's
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def recipe(model: str, asked: argparse.Namespace, prompts: Path, tokens: int, out: Path) -> dict[str, Any]:
     """A generate recipe, as `recipes/qwen3_4b` has it."""
     arguments: dict[str, Any] = {"pretrained": asked.checkpoint, "dtype": asked.dtype}
-    batch: int | str = asked.batch
     if model == "vllm":
-        arguments |= {"gpu_memory_utilization": 0.9, "max_model_len": max(asked.tokens) + 2048}
-        batch = "auto"
+        arguments |= {"gpu_memory_utilization": 0.9, "max_model_len": max(asked.tokens) + PROMPT}
     return {
         "model": model,
         "model_args": arguments,
         "tasks": ["prompts_file"],
         "metadata": {"prompts_file": str(prompts)},
         "device": asked.device,
-        "batch_size": batch,
+        "batch_size": batch_of(model, asked),
         "apply_chat_template": True,
         "predict_only": True,
         "log_samples": True,
         "output_path": str(out / "results.json"),
         "gen_kwargs": {"do_sample": False, "max_gen_toks": tokens},
     }
+
+
+def batch_of(model: str, asked: argparse.Namespace) -> Any:
+    """How many answers a model is told to write at once."""
+    return "auto" if model == "vllm" else asked.batch
+
+
+def planned(asked: argparse.Namespace) -> int:
+    """As many answers at once as `ts-loop init` gives the card, were no answer longer than the longest here."""
+    folder = described_checkpoint(asked.checkpoint, "checkpoint")
+    shape = read_shape(folder)
+    config = read_json(folder / "config.json")
+    packed = isinstance(config, dict) and "quantization_config" in config  # as `axolotl nf4` leaves it
+    room = int(at_hand().memory - shape.weights_bytes(packed, asked.dtype) - OVERHEAD)
+    return answers_at_once(shape, room, asked.dtype, max(asked.tokens) + PROMPT)
 
 
 def run(python: str, settings: dict[str, Any], folder: Path) -> tuple[float, int]:
@@ -78,11 +100,14 @@ def main() -> None:
     parser.add_argument("--other-model", default="vllm")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch", type=int, default=1, help="of hf; the recipes for 8 GB have 1")
+    parser.add_argument(
+        "--batch", type=int, help="answers hf writes at once, if not as init plans it; the recipes for 8 GB have 1"
+    )
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, nargs=2, default=(256, 2048), help="of short and of long answers")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
+    asked.batch = asked.batch or planned(asked)
     questions = (ROOT / "tasks/mini_math/prompts.jsonl").read_text(encoding="utf-8").splitlines()[: asked.prompts]
     sides = {"hf": (sys.executable, "hf"), "other": (asked.other_python, asked.other_model)}
     rates: dict[str, list[float]] = {side: [] for side in sides}
@@ -103,6 +128,7 @@ def main() -> None:
         "speedup": round(statistics.median(b / a for a, b in zip(rates["hf"], rates["other"], strict=True)), 2),
         "tokens_per_s": {side: round(statistics.median(values), 1) for side, values in rates.items()},
         "rounds": {side: [round(value, 1) for value in values] for side, values in rates.items()},
+        "batch": {side: batch_of(model, asked) for side, (_, model) in sides.items()},
         "device": device_name(asked.device),
     }
     print(json.dumps(found))
