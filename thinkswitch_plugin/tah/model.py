@@ -16,7 +16,8 @@ reads and no others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -277,7 +278,8 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write weights (safetensors), config and the few lines by which stock loaders find the classes.
 
-        What was trained in float32 for its sake alone is written in the dtype it had before; the decider in float32.
+        What was trained in float32 for its sake alone is written in the dtype it had before (not within `as_trained`);
+        the decider in float32.
         """
         self.config.auto_map = {
             "AutoConfig": f"{Path(LOADER).stem}.TaHConfig",
@@ -297,6 +299,15 @@ class TaHForCausalLM(PreTrainedModel, GenerationMixin):
         self.config.dtype = self._stored  # loaders that ask for `auto` take it
         if is_main_process:
             self.config.save_pretrained(save_directory)
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Have `save_pretrained` write each weight as it is trained: rounded, a run would go on from other weights."""
+        stored, self._stored = self._stored, None
+        try:
+            yield
+        finally:
+            self._stored = stored
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

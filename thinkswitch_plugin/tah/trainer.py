@@ -52,3 +52,8 @@ class TaHTrainer(AxolotlTrainer):
                     logs[shown] = round(sums[key] / sums[f"{key}_of"], 4)
             self._sums = {}
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """In float32 what is trained so, unlike the last save: a run is taken up, and its best model read, from it."""
+        with self.accelerator.unwrap_model(self.model).as_trained():
+            super()._save_checkpoint(*args, **kwargs)
