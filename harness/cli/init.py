@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 NEXT = """\b
 Then:
   ts-loop plan --config FOLDER/loop.yml                   what it takes: memory, time, disk; nothing is run
-  ts-loop --config FOLDER/loop.yml --limit 4 --iters 1 --name smoke
+  ts-loop --config FOLDER/loop.yml --limit 2 --iters 1 --name smoke
   ts-loop --config FOLDER/loop.yml
 
 \b
@@ -67,6 +68,7 @@ def command(
         prompts=listed(prompts) if prompts else None,
         tasks=listed(tasks) if tasks else None,
         include_path=include_path.resolve() if include_path else None,
+        vram=vram,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,11 +85,13 @@ def command(
     for what, value in written.facts:
         table.add_row(f"[bold]{what}[/]", value)
     console.print(table)
+    config = shlex.quote(f"{folder}/loop.yml")
+    on = f" --vram {vram:g}" if vram else ""
     console.print(
         f"\n{folder}/ has loop.yml and {len(written.texts) - 1} recipes, yours to edit. Next:\n"
-        f"  ts-loop plan --config {folder}/loop.yml\n"
-        f"  ts-loop --config {folder}/loop.yml --limit 4 --iters 1 --name smoke\n"
-        f"  ts-loop --config {folder}/loop.yml",
+        f"  ts-loop plan --config {config}{on}\n"
+        f"  ts-loop --config {config} --limit 2 --iters 1 --name smoke\n"
+        f"  ts-loop --config {config}",
         markup=False,
         soft_wrap=True,
     )

@@ -77,7 +77,23 @@ def test_precision_length_and_batch_follow_from_the_card(
     assert found["generate.yml"]["batch_size"] == batch
     assert found["generate.yml"]["device"] == "cuda:0"
     assert found["distill.yml"]["bf16"] is True
-    assert found["distill.yml"]["sequence_len"] == 4096
+
+
+@pytest.mark.parametrize(("size", "gigabytes"), [("4B", 8), ("8B", 8), ("8B", 12), ("8B", 24), ("0.6B", 4)])
+def test_rows_are_as_long_as_a_step_can_hold_and_leave_room_for_the_prompt(
+    tmp_path: Path, size: str, gigabytes: int
+) -> None:
+    found = recipes_for(described(tmp_path / size, size), of_size(gigabytes))
+    learnt, judged = found["distill.yml"], found["on_policy.yml"]
+    assert (size, gigabytes, learnt["sequence_len"]) in {
+        ("4B", 8, 4096),
+        ("8B", 8, 1024),
+        ("8B", 12, 4096),
+        ("8B", 24, 4096),
+        ("0.6B", 4, 4096),
+    }
+    assert judged["on_policy_kl"]["max_new_tokens"] <= judged["sequence_len"] // 4
+    assert judged["learning_rate"] == pytest.approx(learnt["learning_rate"] / 2)
 
 
 def test_a_pair_that_cannot_fit_is_refused_in_a_line(tmp_path: Path) -> None:
@@ -101,6 +117,7 @@ def test_a_cpu_gets_float32_and_no_kernels(tmp_path: Path) -> None:
         ({"do_sample": True}, "", {"do_sample": False}, 32_768),
         ({"do_sample": False, "temperature": 0.6}, "", {"do_sample": False}, 32_768),
         ({"temperature": 0.7, "top_k": 20}, "", {"do_sample": True, "temperature": 0.7, "top_k": 20}, 32_768),
+        ({"max_new_tokens": 20}, "", {"do_sample": False}, 32_768),
         ({"max_new_tokens": 2048}, "an output length of 9,000 tokens", {"do_sample": False}, 2048),
         ({}, "We recommend using an output length of 16,384 tokens for most.", {"do_sample": False}, 16_384),
     ],
