@@ -1,10 +1,11 @@
 """Whole on-policy steps (rollout, teacher, update) against TRL's DistillationTrainer, step by step in turns.
 
-    python benchmarks/on_policy_step.py [--rounds 5 --steps 20 --batch 64 --accumulation 4 --threads 1]
+    python benchmarks/on_policy_step.py [--rounds 5 --steps 20 --batch 64 --accumulation 4 --threads 1] [--adapter lora]
 
-Same student, teacher, prompts, LoRA, batch, sampling and longest answer, in float32; the teacher reads what the student
-reads, since TRL's can do nothing else. TRL's trainer is run as its documentation does, on its own defaults where they
-are not named here. Floor: a decoding step per token of the longest rollout, two forwards and a backward.
+Same student, teacher, prompts, adapter, batch, sampling and longest answer, in float32, but for the student's linear
+layers, which are in NF4 as the shipped recipe has them (`--adapter lora`: in float32 as well); the teacher reads what
+the student reads, since TRL's can do nothing else. TRL's trainer is run as its documentation does, on its own defaults
+where they are not named here. Floor: a decoding step per token of the longest rollout, two forwards and a backward.
 
 A round is two processes, `axolotl train` with the plugin and a script with TRL's trainer, which take turns: one step of
 the one, one step of the other, with the other asleep meanwhile, so that what else the machine does falls on both. A
@@ -85,12 +86,12 @@ def prompts(count: int) -> list[str]:
     return [some[number % len(some)] for number in range(count)]
 
 
-def recipe(folder: Path, steps: int, batch: int, accumulation: int) -> Path:
+def recipe(folder: Path, steps: int, batch: int, accumulation: int, adapter: str) -> Path:
     """The shipped recipe on TRL's terms."""
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"problem": p}) + "\n" for p in prompts(steps * batch)))
     settings = yaml.safe_load((RECIPES / "on_policy_kl.yml").read_text())
     settings.update(
-        LORA,
+        LORA if adapter == "lora" else {},
         base_model=str(INSTRUCT),
         datasets=[{"path": str(folder / "prompts.jsonl"), "type": "thinkswitch_plugin.on_policy_kl"}],
         dataset_prepared_path=str(folder / "prepared"),
@@ -111,14 +112,19 @@ def recipe(folder: Path, steps: int, batch: int, accumulation: int) -> Path:
     return file
 
 
-def trl(folder: Path, steps: int, batch: int, accumulation: int) -> None:
+def trl(folder: Path, steps: int, batch: int, accumulation: int, adapter: str) -> None:
     """TRL's trainer on the same."""
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.experimental.distillation import DistillationConfig, DistillationTrainer
 
-    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (INSTRUCT, THINKING))
+    from thinkswitch_plugin.nf4 import nf4
+
+    packed = nf4(torch.float32) if adapter == "qlora" else None  # the numbers that Axolotl has
+    student = AutoModelForCausalLM.from_pretrained(INSTRUCT, quantization_config=packed)
+    teacher = AutoModelForCausalLM.from_pretrained(THINKING)
     rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts(steps * batch)]
     trainer = DistillationTrainer(
         model=student,
@@ -195,7 +201,7 @@ class Side:
 
 def one_round(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """The two in turns; medians of their steps in ms, and of the pairs' ratios."""
-    sizes = (asked.steps, asked.batch, asked.accumulation)
+    sizes = (asked.steps, asked.batch, asked.accumulation, asked.adapter)
     axolotl = str(Path(sys.executable).with_name("axolotl"))
     commands = {
         "ours": [axolotl, "train", str(recipe(folder, *sizes)), "--launcher", "python"],
@@ -223,10 +229,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="prompts a step")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches a step")
     parser.add_argument("--threads", type=int, default=1, help="of each side's arithmetic")
+    parser.add_argument("--adapter", choices=("qlora", "lora"), default="qlora", help="of the student")
     parser.add_argument("--only-trl-in", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.only_trl_in:
-        trl(asked.only_trl_in, asked.steps, asked.batch, asked.accumulation)
+        trl(asked.only_trl_in, asked.steps, asked.batch, asked.accumulation, asked.adapter)
         return
     rounds = []
     for _ in range(asked.rounds):
@@ -246,6 +253,7 @@ def main() -> None:
                 "batch": asked.batch,
                 "accumulation": asked.accumulation,
                 "threads": asked.threads,
+                "adapter": asked.adapter,
                 "rounds": {key: [round(found[key], 3) for found in rounds] for key in rounds[0]},
             }
         )
