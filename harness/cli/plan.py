@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isinf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ SHARED = (
     "distill", "seed", "limit", "changes", "out",
 )  # fmt: skip
 GB = 1e9
+FITS = {True: "[green]fits[/]", False: "[bold red]does not fit[/]", None: "[dim]main memory[/]"}
 
 
 def _speed(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, float] | None:
@@ -120,12 +122,19 @@ def callback(
         lines = forecast.of_run(asked, recipes, on(), out)
         per_hour, to_fetch = asked.usd_per_hour, forecast.downloads(asked)
     if as_json:
-        click.echo(json.dumps(as_data(lines, card, per_hour, to_fetch), indent=2))
+        click.echo(json.dumps(as_data(lines, card, per_hour, to_fetch, free(out)), indent=2))
         return
     console = Console(highlight=False)
     for line in said:
         console.print(line, markup=False, soft_wrap=True)
-    show(lines, card, per_hour, to_fetch, out, console)
+    show(lines, card, per_hour, to_fetch, free(out), console)
+
+
+def free(out: Path) -> int:
+    """Bytes free where runs go."""
+    import shutil
+
+    return shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
 
 
 def totals(lines: list[Estimate], per_hour: float | None) -> dict[str, float | None]:
@@ -143,21 +152,20 @@ def totals(lines: list[Estimate], per_hour: float | None) -> dict[str, float | N
     }
 
 
-def as_data(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: float) -> dict[str, Any]:
-    """What `--json` prints; sizes in bytes, times in seconds."""
+def as_data(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: float, room: float) -> dict[str, Any]:
+    """What `--json` prints; sizes in bytes, times in seconds, what nobody limits or knows null."""
     from dataclasses import asdict
 
+    whole = totals(lines, per_hour)
     return {
         "device": {"name": card.name, "memory": card.memory, "gpu": card.gpu},
-        "stages": [asdict(line) for line in lines],
-        "total": {**totals(lines, per_hour), "download": to_fetch},
+        "stages": [{**asdict(line), "room": None if isinf(line.room) else line.room} for line in lines],
+        "total": {**whole, "download": to_fetch, "disk_free": room, "disk_fits": (whole["disk_peak"] or 0.0) <= room},
     }
 
 
-def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: float, out: Path, console: Any) -> None:
-    """Print the plan as a table, and under it what does not fit."""
-    import shutil
-
+def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: float, room: float, console: Any) -> None:
+    """Print the plan as a table, and under it what does not fit; `room` is what the disk has free, in bytes."""
     from rich.table import Table
 
     table = Table(title=f"on {card.name}: {card.memory / GB:.1f} GB", title_justify="left")
@@ -167,20 +175,19 @@ def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: fl
         table.add_row(
             line.name or line.title,
             str(len(line.iterations)),
-            f"{line.memory / GB:.2f} GB",
-            "[green]fits[/]" if line.fits else "[bold red]does not fit[/]",
+            f"{(line.memory or line.main) / GB:.2f} GB",
+            FITS[line.fits],
             f"{line.tokens:,.0f}" if line.tokens else "",
             clock(line.seconds) if line.tokens else "",
             f"{line.leaves / GB:.2f} GB" if line.leaves else "",
         )
     console.print(table)
     whole = totals(lines, per_hour)
-    free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
     said = [f"{whole['tokens']:,.0f} tokens at most"]
     said += [f"{clock(whole['seconds'])} at most, one stage after the other"] if whole["seconds"] is not None else []
     said += [f"${whole['usd']:.2f} at most"] if whole["usd"] is not None else []
     leaves, most = ((whole[key] or 0.0) / GB for key in ("disk", "disk_peak"))
-    said += [f"disk {leaves:.2f} GB, at its peak {most:.2f} of {free / GB:.0f} free"]
+    said += [f"disk {leaves:.2f} GB, at its peak {most:.2f} of {room / GB:.0f} free"]
     said += [f"{to_fetch / GB:.2f} GB to download"] if to_fetch else []
     console.print(" · ".join(said), soft_wrap=True)
     if whole["seconds"] is None:
@@ -191,11 +198,24 @@ def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: fl
         parts = " + ".join(f"{what} {size / GB:.2f}" for what, size in line.parts.items() if size >= 5e6)
         told = "; ".join([*line.notes, *([f"{parts} GB"] if parts else [])])
         console.print(f"{line.name or line.title}: {told}", style="dim", soft_wrap=True)
+    for what, needs, mend in lacking(lines, whole["disk_peak"] or 0.0, room):
+        console.print(f"[bold red]{what}[/] needs {needs}: {mend}", soft_wrap=True)
+
+
+def lacking(lines: list[Estimate], most: float, room: float) -> list[tuple[str, str, str]]:
+    """What does not fit: whose it is, how much is lacking, and what mends it; `most` bytes go on a disk with `room`."""
+    found = []
     for line in lines:
-        if not line.fits:
-            more = (line.memory - line.room) / GB
+        if line.memory > line.room:
             mend = f"mend it by {line.mend}" if line.mend else "no setting mends it: a larger card, a smaller pair"
-            console.print(f"[bold red]{line.name or line.title}[/] needs {more:.2f} GB more: {mend}", soft_wrap=True)
+            found.append((line.name or line.title, f"{(line.memory - line.room) / GB:.2f} GB more", mend))
+        if line.main_room is not None and line.main > line.main_room:
+            more = f"{(line.main - line.main_room) / GB:.2f} GB more of main memory"
+            found.append((line.name or line.title, more, "a machine with more, a smaller pair"))
+    if most > room:
+        more = f"{(most - room) / GB:.2f} GB more"
+        found.append(("the disk", more, "ts-loop gc, fewer iterations with --iters, or another disk with --out"))
+    return found
 
 
 def show_compared(rows: list[Compared], console: Any) -> None:

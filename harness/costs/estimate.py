@@ -91,7 +91,9 @@ class Estimate:
         beside: bytes more on the disk while it runs.
         download: bytes fetched before it.
         room: bytes that it may take: the device's, or what vLLM reserves of them.
-        fits: into that.
+        main: bytes of main memory, where a machine with a GPU needs some beside it, or instead of it.
+        main_room: bytes of main memory that it may take; None where the machine is not here.
+        fits: into all of that; None where only main memory is needed, and how much there is nobody knows.
         mend: what makes it fit, as it is typed; empty where it fits or nothing is known.
         notes: what the figures take for granted.
     """
@@ -107,7 +109,9 @@ class Estimate:
     beside: float = 0.0
     download: float = 0.0
     room: float = math.inf
-    fits: bool = True
+    main: float = 0.0
+    main_room: float | None = None
+    fits: bool | None = True
     mend: str = ""
     notes: tuple[str, ...] = ()
 
@@ -195,7 +199,7 @@ def training_memory(recipe: Mapping[str, Any], found: Footprint, card: Card, flo
 
 
 def merging_memory(base: Path, floor: float) -> dict[str, float]:
-    """The parts of the peak of Axolotl's merge on a CPU: a shard before and after it, the embedding in float32."""
+    """The parts of the peak of Axolotl's merge, main memory: a shard before and after it, the embedding in float32."""
     shape, shard = read_shape(base), min(file_bytes(base), SHARD_BYTES)
     return {"imports": floor, "a shard, before and after its merge": 2 * shard, "embedding": 4.0 * shape.embedding}
 

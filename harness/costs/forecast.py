@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from harness import checks, tasks
 from harness.asking import SERVED
-from harness.card import Card
+from harness.card import SHARE, Card
 from harness.config import LoopConfig, read_yaml
 from harness.costs import aside
 from harness.costs.estimate import (
@@ -43,6 +45,7 @@ from harness.plan import Inputs, Step, plan
 from harness.stages import RECIPE, External, Recipe, Stage, placed
 
 GUESSED = 30  # questions of a task whose data is not here
+IMPORTS = 0.65e9  # bytes that the tools' imports hold, where it is not looked at
 OUT_SHARD = 2e9  # bytes of a shard that mergekit is asked for
 ROLES = {"instruct": "instruct", "thinking": "thinking", "anchor": "thinking"}  # a stage's inputs: which of the pair
 
@@ -53,10 +56,11 @@ class Device:
 
     Attributes:
         card: the device.
-        floor: what the tools' imports hold, bytes, on a CPU.
+        floor: what the tools' imports hold in main memory, bytes.
         given: tokens a second as the user states them, of one answer and of a training; None to look.
         here: the card is this machine's, and can be timed.
         cache: keeps what was traced and timed.
+        main: bytes of main memory beside a GPU that a run may count on; None where nobody knows.
     """
 
     card: Card
@@ -64,6 +68,7 @@ class Device:
     given: tuple[float, float] | None
     here: bool
     cache: Path
+    main: float | None = None
 
     def speed(self, config: dict[str, Any], nf4: bool, dtype: str, batch: int) -> Speed | None:
         """Seconds of a checkpoint, stated or timed; None where nobody knows."""
@@ -91,8 +96,9 @@ class Pair(NamedTuple):
 
 def device(card: Card, here: bool, given: tuple[float, float] | None, cache: Path) -> Device:
     """A device with its floor, which is seen once."""
-    floor = 0.0 if card.gpu else float(aside.ask("floor", [{}], cache)[0]["bytes"])
-    return Device(card, floor, given, here, cache)
+    floor = IMPORTS if card.gpu else float(aside.ask("floor", [{}], cache)[0]["bytes"])
+    main = psutil.virtual_memory().total * SHARE if card.gpu and here else None
+    return Device(card, floor, given, here, cache, main)
 
 
 def of_run(config: LoopConfig, recipes: Mapping[str, Recipe], on: Device, out: Path) -> list[Estimate]:
@@ -195,8 +201,13 @@ def training(
     length = lengths(recipe, on.cache)
     (found,) = ask([question(recipe, length, on.card.gpu)], on.cache)
     parts = training_memory(recipe, found, on.card, on.floor)
-    if merges and not on.card.gpu and recipe.get("adapter"):
-        parts = max(parts, merging_memory(Path(recipe["base_model"]), on.floor), key=lambda those: sum(those.values()))
+    main = 0.0
+    if merges and recipe.get("adapter"):
+        merge = merging_memory(Path(recipe["base_model"]), on.floor)
+        if on.card.gpu:
+            main = sum(merge.values())
+        else:
+            parts = max(parts, merge, key=lambda those: sum(those.values()))
     memory = sum(parts.values())
     fits = memory <= on.card.memory
     mend = "" if fits else mended(recipe, length, on.card, on.floor, on.cache)
@@ -205,6 +216,8 @@ def training(
     notes = [f"rows of {longest:,} tokens ({how})"]
     if length.context:
         notes.append(f"the teacher reads {length.context + length.answer:,}")
+    if main:
+        notes.append(f"its merge takes {main / 1e9:.2f} GB of main memory")
     count = length.rows or rows
     config = read_json(Path(recipe["base_model"]) / "config.json")
     dtype = "bfloat16" if recipe.get("bf16") not in (None, False) else "float32"
@@ -221,7 +234,8 @@ def training(
     kept = 0.0 if recipe.get("save_strategy") == "no" else merged if not adapter else adapter * 3
     return Estimate(
         name, "instruct learns", iterations, memory, parts, tokens, seconds, leaves, kept,
-        room=on.card.memory, fits=fits, mend=typed(name, mend), notes=tuple(notes),
+        room=on.card.memory, main=main, main_room=on.main, fits=fits and (on.main is None or main <= on.main),
+        mend=typed(name, mend), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -233,12 +247,17 @@ def typed(name: str, mend: str) -> str:
 
 
 def merging(name: str, recipe: dict[str, Any], iterations: tuple[int, ...], pair: Pair, on: Device) -> Estimate:
-    """Of a reconstruction, which runs on the CPU, a shard at a time."""
+    """Of a reconstruction, which runs in main memory, a shard at a time."""
     shape, dtype = pair.shape, str(recipe.get("dtype") or pair.shape.dtype)
     merged = shape.weights_bytes(False, dtype)
     memory = on.floor + 3 * min(merged, OUT_SHARD)  # two are read and one is written
-    notes = ("main memory, not the GPU's",) if on.card.gpu else ()
-    return Estimate(name, "thinking is rebuilt", iterations, memory, leaves=merged * len(iterations), notes=notes)
+    leaves, title = merged * len(iterations), "thinking is rebuilt"
+    if not on.card.gpu:
+        room = on.card.memory
+        return Estimate(name, title, iterations, memory, leaves=leaves, room=room, fits=memory <= room)
+    fits, known = (None, ", of which nothing is known here") if on.main is None else (memory <= on.main, "")
+    notes = (f"main memory, not the GPU's{known}",)
+    return Estimate(name, title, iterations, 0.0, leaves=leaves, main=memory, main_room=on.main, fits=fits, notes=notes)
 
 
 def asking(
@@ -346,7 +365,7 @@ def compared(out: Path, name: str, on: Device) -> list[Compared]:
             Compared(
                 step["iteration"],
                 step["name"],
-                (guess.memory, used * 2**20),
+                (guess.memory or guess.main, used * 2**20),
                 (guess.seconds, record["body_s"]),
                 (guess.leaves, size),
             )

@@ -8,7 +8,7 @@ from qwen3 import QWEN3_4B
 
 from harness.card import of_size
 from harness.config import read_yaml
-from harness.costs.forecast import Device, Pair, Questions, asking
+from harness.costs.forecast import Device, Pair, Questions, asking, merging, training
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def pair(tmp_path: Path) -> Pair:
     return Pair(tmp_path / "instruct", tmp_path / "thinking")
 
 
-def on(size: float, tmp_path: Path) -> Device:
-    """A card that is not here, at 25 and 900 tokens a second."""
-    return Device(of_size(size), 0.0, (25, 900), False, tmp_path / "plan.json")
+def on(size: float, tmp_path: Path, main: float | None = None) -> Device:
+    """A card at 25 and 900 tokens a second; it is here where its machine's main memory is known."""
+    return Device(of_size(size), 0.0, (25, 900), main is not None, tmp_path / "plan.json", main)
 
 
 def test_a_server_that_reserves_too_little_does_not_fit_and_its_time_is_of_what_it_holds_at_once(
@@ -36,3 +36,26 @@ def test_a_server_that_reserves_too_little_does_not_fit_and_its_time_is_of_what_
     assert "generate.model_args.max_model_len=" in small.mend
     assert large.fits
     assert large.seconds == pytest.approx(15 * 32_768 / 25)  # two at once
+
+
+def test_a_rebuilding_is_judged_by_main_memory_and_by_none_where_nobody_knows_it(pair: Pair, tmp_path: Path):
+    elsewhere, here, small = (
+        merging("reconstruct", {"dtype": "bfloat16"}, (1,), pair, on(4, tmp_path, main)) for main in (None, 16e9, 5e9)
+    )
+    assert [line.fits for line in (elsewhere, here, small)] == [None, True, False]
+    assert {(line.memory, line.main) for line in (elsewhere, here, small)} == {(0.0, 6e9)}
+    cpu = on(4, tmp_path)
+    cpu = Device(cpu.card._replace(gpu=False, memory=int(5e9)), 0.0, cpu.given, True, cpu.cache)
+    assert merging("reconstruct", {"dtype": "bfloat16"}, (1,), pair, cpu).fits is False
+
+
+@pytest.mark.slow
+def test_an_adapters_merge_is_counted_in_main_memory_beside_a_gpu(pair: Pair, tmp_path: Path, recipes: Path):
+    recipe = {**read_yaml(recipes / "qwen3_4b" / "instruct_distill.yml"), "base_model": str(pair.instruct)}
+    elsewhere, small = (
+        training("distill", recipe, (1,), on(24, tmp_path, main), 30, merges=True) for main in (None, 8e9)
+    )
+    assert elsewhere.fits is True
+    assert small.fits is False
+    assert small.main == pytest.approx(2 * 5e9 + 4 * 151936 * 2560)
+    assert small.memory < small.room
