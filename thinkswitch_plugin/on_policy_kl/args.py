@@ -1,12 +1,13 @@
 """What a recipe may say under `on_policy_kl:`, and nothing else.
 
-Knows: the plugin's names, keys, defaults and their limits. Leaves to others: what the keys do, and whether the teacher
-fits (`checks`).
+Knows: the plugin's names, keys, defaults and their limits, and how much they let be decoded at once. Leaves to others:
+what the keys do, and whether the teacher fits (`checks`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -94,6 +95,26 @@ class OnPolicyKLConfig(BaseModel):
     )
     server_model: str | None = Field(default=None, description="The student's name at that server.")
     show_every: int = Field(default=0, ge=0, description="Show three rollouts in colour every so many steps; 0: never.")
+
+    def prompts_at_once(self, prompts: int) -> int:
+        """Of so many prompts: to how many answers are written at once."""
+        size = self.rollout_batch_size
+        return max(1, size // self.rollouts_per_prompt if size else prompts)
+
+    def traces_at_once(self, traces: int) -> int:
+        """Of so many traces: how many are written at once; their cache may take as many tokens as the rollouts' may."""
+        size = self.rollout_batch_size
+        return max(1, size * self.max_new_tokens // self.trace_max_new_tokens if size else traces)
+
+    def longest_wait(self, prompts: int) -> int:
+        """Tokens that one process may decode in a step, one after the other, while another has none to decode.
+
+        Args:
+            prompts: of a process and step.
+        """
+        answers = ceil(prompts / self.prompts_at_once(prompts)) * self.max_new_tokens
+        traces = ceil(prompts / self.traces_at_once(prompts)) * self.trace_max_new_tokens
+        return answers + (traces if self.context == "trace" else 0)
 
     @model_validator(mode="after")
     def _fits_together(self) -> OnPolicyKLConfig:

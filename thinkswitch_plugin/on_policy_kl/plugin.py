@@ -5,7 +5,8 @@ Knows: Axolotl's hooks. Leaves to others: everything they call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import ceil
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
 from thinkswitch_plugin.facts import publish
-from thinkswitch_plugin.on_policy_kl.args import BLOCK, DATASET_TYPE, PLUGIN, SELF, read_block
+from thinkswitch_plugin.on_policy_kl.args import BLOCK, DATASET_TYPE, PLUGIN, SELF, OnPolicyKLConfig, read_block
 from thinkswitch_plugin.on_policy_kl.checks import check_devices, check_recipe, check_teacher, is_own_base
 from thinkswitch_plugin.recipe import (
     entries_of,
@@ -29,6 +30,9 @@ LOG = get_logger("axolotl.thinkswitch.on_policy_kl")
 
 # Part of every fingerprint: raise it when the same rows come out differently, so that no prepared set outlives that.
 OUTCOME_VERSION = 3
+
+USUAL_TIMEOUT_S = 1800  # of torch's groups of processes, for all that is not decoding
+SLOWEST_TOKENS_S = 10  # of one decode; Hugging Face's on a slow card with NF4 weights has some 25
 
 
 class OnPolicyKLPlugin(BasePlugin):
@@ -51,6 +55,8 @@ class OnPolicyKLPlugin(BasePlugin):
         check_recipe(cfg, len(entries), DATASET_TYPE)
         # They patch the attention class itself, which the teacher's layers are of too.
         leave_lora_kernels_off(cfg)
+        if cfg.get("ddp_timeout") is None:  # here, as Axolotl takes it when it starts the group of processes
+            cfg["ddp_timeout"] = patience(config, prompts_of(cfg))
         for entry in entries:
             entry["input_transform"] = f"{BLOCK} {fingerprint(entry, config, OUTCOME_VERSION)}"
 
@@ -108,3 +114,22 @@ class OnPolicyKLPlugin(BasePlugin):
         student = trainer.accelerator.unwrap_model(trainer.model)
         teacher = Teacher(config, student, trainer.processing_class, cfg.torch_dtype or torch.float32)
         trainer.begin(config, teacher, trainer.processing_class)
+
+
+def prompts_of(cfg: Mapping[str, Any]) -> int:
+    """How many prompts a process has in a step of a recipe that is not validated yet."""
+    micro = int(cfg.get("micro_batch_size") or 1)
+    return max(micro * int(cfg.get("gradient_accumulation_steps") or 1), int(cfg.get("batch_size") or 1))
+
+
+def patience(config: OnPolicyKLConfig, prompts: int) -> int:
+    """For how many seconds a process waits for the others: for the longest traces and answers, at a slow pace.
+
+    One that draws none, or whose answers end at once, comes to the exchange that much before the others. A process that
+    dies needs no timeout: torchrun ends the others.
+
+    Args:
+        config: the recipe's block.
+        prompts: of a process and step.
+    """
+    return USUAL_TIMEOUT_S + ceil(config.longest_wait(prompts) / SLOWEST_TOKENS_S)

@@ -138,10 +138,7 @@ class Teacher:
             pad_token_id=self.tokenizer.pad_token_id,
             use_cache=True,
         )
-        size = max(1, len(new))
-        if self.config.rollout_batch_size:  # the cache may take as many tokens as the rollouts' may
-            room = self.config.rollout_batch_size * self.config.max_new_tokens
-            size = max(1, room // self.config.trace_max_new_tokens)
+        size = self.config.traces_at_once(len(new))
         for batch in (new[start : start + size] for start in range(0, len(new), size)):
             with self._awake() as model:
                 written, _ = generate(model, batch, settings, self.tokenizer.pad_token_id)

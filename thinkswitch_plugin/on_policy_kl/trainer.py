@@ -184,8 +184,7 @@ class OnPolicyKLTrainer(AxolotlTrainer):
             seed_generators(seed, device)
             contexts = self.contexts(rows)
             asked = [(ids, context) for ids, context in zip(rows["input_ids"], contexts, strict=True) if context]
-            size = self.opd.rollout_batch_size
-            size = max(1, size // self.opd.rollouts_per_prompt if size else len(asked))
+            size = self.opd.prompts_at_once(len(asked))
             seed_generators(seed, device)
             parts = [[ids for ids, _ in asked[start : start + size]] for start in range(0, len(asked), size)]
             if self.opd.server:

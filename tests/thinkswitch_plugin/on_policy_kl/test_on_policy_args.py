@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,36 @@ def test_settings_that_rollouts_rule_out(changes: dict[str, Any], said: str) -> 
 def test_one_device_of_a_kind_is_no_parallelism() -> None:
     recipe = {"plugins": [PLUGIN], "on_policy_kl": {"teacher": "self"}, "datasets": [dict(ENTRY)]}
     OnPolicyKLPlugin().register({**recipe, "tensor_parallel_size": 1, "context_parallel_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("block", "settings", "seconds"),
+    [
+        ({}, {}, 1800 + 512 / 10),
+        ({"context": "trace"}, {"micro_batch_size": 64}, 1800 + (512 + 2048) / 10),  # all of a step at once
+        # The 4B recipe's: each of four prompts' traces and answers after the other.
+        (
+            {"context": "trace", "trace_max_new_tokens": 16384, "rollouts_per_prompt": 4, "max_new_tokens": 1024}
+            | {"rollout_batch_size": 4},
+            {"gradient_accumulation_steps": 4},
+            1800 + 4 * (1024 + 16384) / 10,
+        ),
+        # Five prompts, by twos; their traces by threes.
+        (
+            {"context": "trace", "rollout_batch_size": 2, "max_new_tokens": 30, "trace_max_new_tokens": 20},
+            {"batch_size": 5},
+            1800 + (3 * 30 + 2 * 20) / 10,
+        ),
+        ({}, {"ddp_timeout": 60}, 60),
+    ],
+)
+def test_a_process_waits_for_the_longest_that_another_may_decode(
+    block: dict[str, Any], settings: dict[str, Any], seconds: float
+) -> None:
+    block = {"teacher": "self", **block}
+    recipe = {"plugins": [PLUGIN], "on_policy_kl": block, "datasets": [dict(ENTRY)], **settings}
+    OnPolicyKLPlugin().register(recipe)
+    assert recipe["ddp_timeout"] == math.ceil(seconds)
 
 
 def test_a_student_is_not_spread_over_cards() -> None:
