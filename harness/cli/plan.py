@@ -138,7 +138,7 @@ def free(out: Path) -> int:
 
 
 def totals(lines: list[Estimate], per_hour: float | None) -> dict[str, float | None]:
-    """Of the whole run: tokens, seconds and dollars at most (None where a part is unknown), bytes of disk."""
+    """Of the whole run: tokens at most, seconds and dollars about (None where a part is unknown), bytes of disk."""
     seconds = None if any(line.seconds is None and line.tokens for line in lines) else 0.0
     if seconds is not None:
         seconds = sum(line.seconds or 0.0 for line in lines)
@@ -169,7 +169,7 @@ def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: fl
     from rich.table import Table
 
     table = Table(title=f"on {card.name}: {card.memory / GB:.1f} GB", title_justify="left")
-    for head in ("stage", "times", "memory", "", "tokens ≤", "time ≤", "disk"):
+    for head in ("stage", "times", "memory", "", "tokens ≤", "time ~", "disk"):
         table.add_column(head, justify="left" if head == "stage" else "right")
     for line in lines:
         table.add_row(
@@ -184,15 +184,17 @@ def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: fl
     console.print(table)
     whole = totals(lines, per_hour)
     said = [f"{whole['tokens']:,.0f} tokens at most"]
-    said += [f"{clock(whole['seconds'])} at most, one stage after the other"] if whole["seconds"] is not None else []
-    said += [f"${whole['usd']:.2f} at most"] if whole["usd"] is not None else []
+    said += [f"about {clock(whole['seconds'])}, one stage after the other"] if whole["seconds"] is not None else []
+    said += [f"about ${whole['usd']:.2f}"] if whole["usd"] is not None else []
     leaves, most = ((whole[key] or 0.0) / GB for key in ("disk", "disk_peak"))
     said += [f"disk {leaves:.2f} GB, at its peak {most:.2f} of {room / GB:.0f} free"]
     said += [f"{to_fetch / GB:.2f} GB to download"] if to_fetch else []
     console.print(" · ".join(said), soft_wrap=True)
     if whole["seconds"] is None:
         console.print("time: that card is not here; give --speed WRITE,LEARN in tokens a second", soft_wrap=True)
-    elif per_hour is None and card.gpu:
+    elif whole["seconds"]:
+        console.print("time: of writing and learning, without loading, merges and NF4 copies", soft_wrap=True)
+    if whole["seconds"] is not None and per_hour is None and card.gpu:
         console.print("dollars: give --set usd_per_hour=…, or say it in loop.yml", soft_wrap=True)
     for line in lines:
         parts = " + ".join(f"{what} {size / GB:.2f}" for what, size in line.parts.items() if size >= 5e6)
@@ -223,7 +225,7 @@ def show_compared(rows: list[Compared], console: Any) -> None:
     from rich.table import Table
 
     table = Table()
-    for head in ("iteration", "stage", "memory", "used", "", "time ≤", "used", "disk", "used"):
+    for head in ("iteration", "stage", "memory", "used", "", "time ~", "used", "disk", "used"):
         table.add_column(head, justify="left" if head == "stage" else "right")
     for row in rows:
         (memory, used), (seconds, took), (disk, lies) = row.memory, row.seconds, row.disk

@@ -2,10 +2,11 @@
 
     python -m harness.costs.calibrate < QUESTIONS.json
 
-A question is {"config", "dtype", "nf4", "batch"}, the answer seconds of the whole checkpoint: `step` (forward and
-backward of `SHORT` tokens), `token` (each further token of them), `decode` (one more token of `batch` answers). Weights
-are drawn at random, at two numbers of layers; what the others take goes on along a straight line. Each figure is the
-least of three: what else the machine does is not the plan's.
+A question is {"config", "dtype", "nf4", "batch", "tokens"}, the answer seconds of the whole checkpoint: `step` (forward
+and backward of `SHORT` tokens), `token` (each further token of them), `decode` (one more token of `batch` answers that
+have `tokens` already). Weights are drawn at random, at two numbers of layers; what the others take goes on along a
+straight line, and so do answers whose cache is larger than `MOST`. Each figure is the least of three: what else the
+machine does is not the plan's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from harness.costs.footprint import text_config
 
 LAYERS = (1, 2)
 SHORT, LONG, BEFORE = 64, 256, 64  # tokens
+MOST = 2**16  # tokens in the cache of all answers
 TRIALS = 3
 
 
@@ -34,8 +36,19 @@ def seconds(question: dict[str, Any]) -> dict[str, float]:
     return {
         "step": whole["short"],
         "token": max(0.0, whole["long"] - whole["short"]) / (LONG - SHORT),
-        "decode": whole["decode"],
+        "decode": straight(whole["early"], whole["late"], timed(question), question["tokens"]),
     }
+
+
+def timed(question: dict[str, Any]) -> int:
+    """Tokens of an answer that are in the cache while its next one is timed."""
+    return max(BEFORE, min(int(question["tokens"]), MOST // int(question["batch"])))
+
+
+def straight(early: float, late: float, at: int, tokens: int) -> float:
+    """From the seconds at `BEFORE` and at `at` tokens to those at `tokens`; they never fall."""
+    slope = max(0.0, late - early) / (at - BEFORE) if at > BEFORE else 0.0
+    return early + slope * max(0, tokens - BEFORE)
 
 
 def _of(question: dict[str, Any], config: Any, layers: int) -> dict[str, float]:
@@ -62,7 +75,23 @@ def _of(question: dict[str, Any], config: Any, layers: int) -> dict[str, float]:
     ids = torch.ones(question["batch"], BEFORE, dtype=torch.int64, device=device)
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    return {**found, "decode": _least(write, device)}
+    found["early"] = _least(write, device)
+    grow(cache, timed(question))
+    return {**found, "late": _least(write, device)}
+
+
+def grow(cache: Any, tokens: int) -> None:
+    """Have a cache hold so many tokens: what it holds, again and again."""
+    from transformers.cache_utils import DynamicLayer
+
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer) and (there := layer.get_seq_length()):
+            width = min(tokens, layer.sliding_window - 1) if layer.is_sliding else tokens  # type: ignore[attr-defined]
+            for name in ("keys", "values"):
+                part = getattr(layer, name)
+                setattr(layer, name, part.repeat(1, 1, -(-width // there), 1)[:, :, :width].contiguous())
+            if layer.is_sliding:
+                layer.cumulative_length = tokens
 
 
 def _pack(model: Any, dtype: torch.dtype) -> None:

@@ -46,7 +46,7 @@ class Speed:
     Attributes:
         step: of a forward and backward pass of few tokens.
         token: of each further token in it.
-        decode: of one more token of every answer of a batch.
+        decode: of one more token of every answer of a batch, when they are half as long as they may be.
     """
 
     step: float
@@ -86,7 +86,8 @@ class Estimate:
         memory: bytes at its peak.
         parts: of that, by name.
         tokens: written and learnt from in all iterations, at most; None where nobody knows.
-        seconds: of all iterations, at most; None where nobody knows.
+        seconds: of writing and learning in all iterations, answers and rows as long as they may be; None where nobody
+            knows.
         leaves: bytes on the disk when it is done, of all iterations.
         beside: bytes more on the disk while it runs.
         download: bytes fetched before it.
@@ -250,7 +251,7 @@ def mended(recipe: dict[str, Any], length: Length, card: Card, floor: float, cac
 
 
 def training_seconds(recipe: Mapping[str, Any], length: Length, rows: int, speed: Speed) -> tuple[float, float]:
-    """Seconds and tokens of a training on so many rows, at most.
+    """Seconds and tokens of a training on so many rows, each as long as it may be.
 
     On-policy steps also write: as many answers at once as the recipe says, each as long as it may be; and their teacher
     reads, a third of what learning takes.
@@ -265,13 +266,22 @@ def training_seconds(recipe: Mapping[str, Any], length: Length, rows: int, speed
     if not block:
         depth = 1 + length.hard * length.answer / width if recipe.get("adapter") == "tah" else 1.0
         return passes * (speed.step + micro * width * speed.token) * again * depth, passes * micro * width
-    rollouts = int(block.get("rollouts_per_prompt") or 1)
-    written = passes * micro * rollouts
-    at_once = int(block.get("rollout_batch_size") or micro * accumulated * rollouts)
+    written = passes * micro * int(block.get("rollouts_per_prompt") or 1)
+    at_once = rollouts_at_once(recipe)
     learning = passes * speed.step + written * width * speed.token
     reading = (passes * speed.step + written * (length.context + length.answer) * speed.token) / 3
     decoding = math.ceil(written / at_once) * length.answer * speed.decode
     return learning * again + reading + decoding, written * (width + length.answer)
+
+
+def rollouts_at_once(recipe: Mapping[str, Any]) -> int:
+    """Answers that an on-policy step writes at once; 1 of any other recipe."""
+    block = recipe.get("on_policy_kl")
+    if not block:
+        return 1
+    micro, accumulated = (int(recipe.get(key) or 1) for key in ("micro_batch_size", "gradient_accumulation_steps"))
+    every = micro * accumulated * int(block.get("rollouts_per_prompt") or 1)
+    return min(int(block.get("rollout_batch_size") or every), every)
 
 
 # --- asking ---
@@ -419,13 +429,14 @@ def asking_mend(recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool,
     return ""
 
 
-def asking_seconds(asked: Sequence[tuple[int, int]], rows: int, decode: float) -> tuple[float, float]:
-    """Seconds and tokens of answers as long as they may be.
+def asking_seconds(asked: Sequence[tuple[int, int]], rows: int, speed: Speed) -> tuple[float, float]:
+    """Seconds and tokens of answers as long as they may be; a prompt is read in a third of what learning it takes.
 
     Args:
         asked: (questions, tokens of an answer) a task.
         rows: answers at once.
-        decode: seconds of one more token of each of them.
+        speed: of the checkpoint.
     """
     tokens = float(sum(count * length for count, length in asked))
-    return sum(math.ceil(count / rows) * length for count, length in asked) * decode, tokens
+    reading = sum(count for count, _ in asked) * PROMPT * speed.token / 3
+    return reading + sum(math.ceil(count / rows) * length for count, length in asked) * speed.decode, tokens

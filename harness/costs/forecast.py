@@ -32,6 +32,7 @@ from harness.costs.estimate import (
     mended,
     merging_memory,
     question,
+    rollouts_at_once,
     room_of,
     served,
     training_memory,
@@ -70,14 +71,15 @@ class Device:
     cache: Path
     main: float | None = None
 
-    def speed(self, config: dict[str, Any], nf4: bool, dtype: str, batch: int) -> Speed | None:
-        """Seconds of a checkpoint, stated or timed; None where nobody knows."""
+    def speed(self, config: dict[str, Any], nf4: bool, dtype: str, batch: int, tokens: int) -> Speed | None:
+        """Seconds of a checkpoint, stated or timed while `batch` answers have `tokens`; None where nobody knows."""
         if self.given:
             decode, train = self.given
             return Speed(0.0, 1 / train, 1 / decode)
         if not self.here:
             return None
-        asked = {"config": config, "nf4": nf4, "dtype": dtype, "batch": batch, "device": self.card.name}
+        asked = {"config": config, "nf4": nf4, "dtype": dtype, "batch": batch, "tokens": tokens}
+        asked["device"] = self.card.name
         (found,) = aside.ask("calibrate", [asked], self.cache)
         return Speed(**found)
 
@@ -220,9 +222,8 @@ def training(
         notes.append(f"its merge takes {main / 1e9:.2f} GB of main memory")
     count = length.rows or rows
     config = read_json(Path(recipe["base_model"]) / "config.json")
-    dtype = "bfloat16" if recipe.get("bf16") not in (None, False) else "float32"
-    batch = int((recipe.get("on_policy_kl") or {}).get("rollout_batch_size") or 1)
-    speed = on.speed(config, bool(recipe.get("load_in_4bit")), dtype, batch) if count else None
+    batch, half = rollouts_at_once(recipe), length.prompt + length.answer // 2
+    speed = on.speed(config, bool(recipe.get("load_in_4bit")), trained_in(recipe), batch, half) if count else None
     seconds = tokens = None
     if count:
         took, tokens = training_seconds(recipe, length, count, speed or Speed(0, 0, 0))
@@ -237,6 +238,12 @@ def training(
         room=on.card.memory, main=main, main_room=on.main, fits=fits and (on.main is None or main <= on.main),
         mend=typed(name, mend), notes=tuple(notes),
     )  # fmt: skip
+
+
+def trained_in(recipe: Mapping[str, Any]) -> str:
+    """The type that a training recipe computes in."""
+    named = {"bf16": "bfloat16", "fp16": "float16"}
+    return next((dtype for key, dtype in named.items() if recipe.get(key) not in (None, False)), "float32")
 
 
 def typed(name: str, mend: str) -> str:
@@ -283,8 +290,8 @@ def asking(
     by_server = recipe.get("model") in SERVED
     rows = min(most, served(recipe, shape, width, nf4, on.card).rows if by_server else batch_of(recipe))
     config = read_json(pair.thinking / "config.json")
-    speed = on.speed(config, nf4, dtype_of(recipe, shape), rows)
-    seconds, tokens = asking_seconds(budgets, rows, speed.decode if speed else 0.0)
+    speed = on.speed(config, nf4, dtype_of(recipe, shape), rows, PROMPT + longest // 2)
+    seconds, tokens = asking_seconds(budgets, rows, speed or Speed(0, 0, 0))
     notes = [f"{sum(count for count, _ in budgets):,} questions of at most {longest:,} tokens"]
     if by_server:
         notes.append(f"{recipe['model']}'s cache holds {rows:,} of them at once")

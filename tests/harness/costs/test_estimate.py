@@ -118,14 +118,15 @@ def test_on_a_cpu_the_peak_is_the_larger_of_loading_and_training(tmp_path: Path,
     assert holds in parts
 
 
-def test_time_and_tokens_are_counted_as_at_most():
+def test_time_and_tokens_are_those_of_rows_and_answers_as_long_as_they_may_be():
     speed = Speed(step=1.0, token=0.01, decode=0.5)
     row = ceilings({"sequence_len": 100})
     seconds, tokens = training_seconds({"micro_batch_size": 2, "num_epochs": 3}, row, 10, speed)
     assert (seconds, tokens) == (pytest.approx(15 * (1 + 2 * 100 * 0.01)), 15 * 200)
     capped, _ = training_seconds({"micro_batch_size": 2, "max_steps": 1}, row, 10, speed)
     assert capped == pytest.approx(1 + 2 * 100 * 0.01)
-    assert asking_seconds([(10, 100), (3, 50)], 4, 0.5) == ((3 * 100 + 50) * 0.5, 1150)
+    reading = 13 * PROMPT * 0.01 / 3
+    assert asking_seconds([(10, 100), (3, 50)], 4, speed) == (pytest.approx(reading + (3 * 100 + 50) * 0.5), 1150)
 
 
 def test_an_answers_length_is_the_recipes_else_the_tasks_else_lm_evals():

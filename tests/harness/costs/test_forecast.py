@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from qwen3 import QWEN3_4B
 
 from harness.card import of_size
 from harness.config import read_yaml
-from harness.costs.forecast import Device, Pair, Questions, asking, merging, training
+from harness.costs.forecast import Device, Pair, Questions, asking, merging, trained_in, training
+from harness.costs.traces import dtype_of
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_a_server_that_reserves_too_little_does_not_fit_and_its_time_is_of_what_
     assert small.memory > small.room
     assert "generate.model_args.max_model_len=" in small.mend
     assert large.fits
-    assert large.seconds == pytest.approx(15 * 32_768 / 25)  # two at once
+    assert large.seconds == pytest.approx(15 * 32_768 / 25 + 30 * 512 / 900 / 3)  # two at once
 
 
 def test_a_rebuilding_is_judged_by_main_memory_and_by_none_where_nobody_knows_it(pair: Pair, tmp_path: Path):
@@ -59,3 +61,8 @@ def test_an_adapters_merge_is_counted_in_main_memory_beside_a_gpu(pair: Pair, tm
     assert small.fits is False
     assert small.main == pytest.approx(2 * 5e9 + 4 * 151936 * 2560)
     assert small.memory < small.room
+
+
+@pytest.mark.parametrize("said", [{}, {"bf16": True}, {"bf16": "auto"}, {"fp16": True}, {"bf16": False, "fp16": True}])
+def test_a_training_is_timed_in_what_it_computes_in(said: dict):
+    assert getattr(torch, trained_in(said)) == dtype_of(said)
