@@ -43,9 +43,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def random_4b(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of Qwen3-4B's shape in bfloat16 (8 GB; two layers on a CPU), the embedded pair's tokenizer."""
+    return random_weights(recipes / "mini/instruct", tmp_path_factory.mktemp("random_4b"))
+
+
+@pytest.fixture(scope="session")
+def another_4b(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Others, as a thinking checkpoint is beside its instruct one: a teacher that is not the student's own base."""
+    return random_weights(recipes / "mini/thinking", tmp_path_factory.mktemp("another_4b"))
+
+
+def random_weights(like: Path, folder: Path) -> Path:
+    """A checkpoint with the tokenizer and the chat template of `like`, in `folder`."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    folder = tmp_path_factory.mktemp("random_4b")
     layers = QWEN3_4B["num_hidden_layers"] if ON_A_CARD else 2
     config = Qwen3Config(**{**QWEN3_4B, "num_hidden_layers": layers}, dtype="bfloat16", eos_token_id=2, pad_token_id=0)
     with torch.device("meta"):
@@ -57,5 +67,5 @@ def random_4b(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensor.fill_(1.0) if tensor.ndim < 2 else tensor.normal_(0, 0.02)
     model.save_pretrained(folder, max_shard_size="2GB")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(recipes / "mini/instruct" / name, folder)
+        shutil.copy(like / name, folder)
     return folder
