@@ -46,6 +46,12 @@ class OnPolicyKLConfig(BaseModel):
         description="Longest trace that the teacher reads: it writes no longer one, and a row that brings one is left "
         "out and counted.",
     )
+    max_dropped_fraction: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Stop with an error if a larger share of a dataset's traces is left out.",
+    )
     tags: Annotated[Tags, BeforeValidator(_as_pairs)] = Field(
         default=list(DEFAULT_TAGS),
         description="Pairs of opening and closing tag of a trace; one pair may stand by itself.",

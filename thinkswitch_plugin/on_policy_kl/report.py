@@ -29,6 +29,29 @@ class Report:
     unclosed: int
     too_long: int = 0  # not in the files of earlier versions
 
+    def check(self, max_dropped_fraction: float, trace_max_new_tokens: int) -> None:
+        """Refuse a dataset of which too little is left.
+
+        Args:
+            max_dropped_fraction: the largest share of traces that may be left out.
+            trace_max_new_tokens: of the recipe, for the message.
+
+        Raises:
+            ValueError: nothing is left, or more than that share was left out; one line with the counts.
+        """
+        dropped = self.unclosed + self.too_long
+        if self.prompts and dropped <= max_dropped_fraction * (self.prompts + dropped):
+            return
+        mend = "give the model more tokens to close its traces" if dropped else "was the dataset generated?"
+        if self.too_long > self.unclosed:
+            mend = f"{self.too_long} traces have more than {trace_max_new_tokens} tokens: raise trace_max_new_tokens"
+        if not self.prompts:
+            raise ValueError(f"on_policy_kl: {self.path}: no prompt is left; {mend}")
+        raise ValueError(
+            f"on_policy_kl: {self.path}: {self.line()}, over max_dropped_fraction {max_dropped_fraction:g}; {mend}, or "
+            "raise on_policy_kl: max_dropped_fraction"
+        )
+
     def line(self) -> str:
         """The counts in one line, without the dataset's name."""
         traced = f", {self.with_trace} with a trace for the teacher" if self.with_trace else ""

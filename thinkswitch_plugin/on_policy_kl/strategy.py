@@ -67,7 +67,8 @@ class OnPolicyKLStrategy(DatasetWrappingStrategy):
             reads: Axolotl drops rows without labels.
 
         Raises:
-            ValueError: a row has no prompt, or one too long for `sequence_len`; one line with the row's number.
+            ValueError: a row has no prompt, or one too long for `sequence_len`, one line with the row's number; or too
+                little is left, one line with the counts.
         """
         rows: list[dict[str, Any]] = []
         unclosed = too_long = 0
@@ -81,15 +82,10 @@ class OnPolicyKLStrategy(DatasetWrappingStrategy):
                 prompt = self._prompt(messages, trace, number)
                 rows += [prompt] if prompt else []
                 too_long += not prompt
-        if not rows:
-            why = "was the dataset generated?"
-            if too_long:
-                most = self.config.trace_max_new_tokens
-                why = f"{too_long} traces have more than {most} tokens: raise trace_max_new_tokens"
-            raise ValueError(f"on_policy_kl: {self.path}: no prompt is left; {why}")
-        prepared = Dataset.from_list(rows, features=FEATURES)
         with_trace = 0 if self.config.context == "prompt" else sum(not row["teacher_thinks"] for row in rows)
         report = Report(self.path, len(rows), with_trace, unclosed, too_long)
+        report.check(self.config.max_dropped_fraction, self.config.trace_max_new_tokens)
+        prepared = Dataset.from_list(rows, features=FEATURES)
         attach(prepared, BLOCK, asdict(report))
         LOG.info(f"on_policy_kl: {self.path}: {report.line()}")
         return prepared

@@ -67,7 +67,7 @@ def test_a_row_s_own_trace_is_no_longer_than_the_teacher_may_write(tokenizer: An
     traces = ["24+26=50\n</think>", "24+26=50\n50-13=37\n</think>"]
     rows = [{"doc": doc, "resps": [traces]}, {"doc": doc, "resps": [traces[1:]]}]
     longest = len(tokenizer(traces[0], add_special_tokens=False)["input_ids"])
-    found = prepared(rows, tokenizer, recipes, trace_max_new_tokens=longest)
+    found = prepared(rows, tokenizer, recipes, trace_max_new_tokens=longest, max_dropped_fraction=1)
     assert [tokenizer.decode(ids).partition("<think>\n")[2] for ids in found["teacher_input_ids"]] == traces[:1]
     (counts,) = attached(found, "on_policy_kl")
     assert counts == {"path": "mine.jsonl", "prompts": 1, "with_trace": 1, "unclosed": 0, "too_long": 2}
@@ -77,6 +77,41 @@ def test_a_row_s_own_trace_is_no_longer_than_the_teacher_may_write(tokenizer: An
     )
     with pytest.raises(ValueError, match=r"no prompt is left; 3 traces have more than \d+ tokens: raise trace_max_new"):
         prepared(rows, tokenizer, recipes, trace_max_new_tokens=longest - 1)
+
+
+@pytest.mark.parametrize(
+    ("texts", "block", "said"),
+    [
+        (
+            ["short</think>37", *["a trace of more</think>37"] * 2],
+            {},
+            r"2 traces have more than \d+ tokens: raise trace_max",
+        ),
+        (["short</think>37", "cut off", "cut off too"], {}, "give the model more tokens to close its traces"),
+        (
+            ["short</think>37", "cut off"],
+            {"max_dropped_fraction": 0.4},
+            "give the model more tokens to close its traces",
+        ),
+        (["short</think>37", "cut off"], {}, None),  # a half is let go
+    ],
+)
+def test_a_dataset_of_which_too_little_is_left_is_refused(
+    tokenizer: Any, recipes: Path, texts: list[str], block: dict[str, Any], said: str | None
+) -> None:
+    rows = [{"doc": {"messages": ASK, "trace_opened": True}, "resps": [[text]]} for text in texts]
+    longest = len(tokenizer(texts[0].removesuffix("37"), add_special_tokens=False)["input_ids"])
+    block = {**block, "trace_max_new_tokens": longest}
+    if said is None:
+        assert len(prepared(rows, tokenizer, recipes, **block)) == 1
+        return
+    counts = r"1 prompts, 1 with a trace for the teacher; left out \d whose trace [a-z_ ]+"
+    bound = rf", over max_dropped_fraction {block.get('max_dropped_fraction', 0.5)}; {said}"
+    with pytest.raises(
+        ValueError, match=f"^on_policy_kl: mine.jsonl: {counts}{bound}.*, or raise on_policy_kl: max_"
+    ) as e:
+        prepared(rows, tokenizer, recipes, **block)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("row", [{"problem": ASK[0]["content"]}, {"prompt": ASK[0]["content"]}, {"messages": ASK}])
