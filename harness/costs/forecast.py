@@ -169,7 +169,8 @@ def mean_answers(results: Path) -> dict[str, float]:
     rows = (read_json(results) or {}).get("rows", [])
     found: dict[str, list[float]] = {}
     for row in rows:
-        found.setdefault(row["checkpoint"], []).append(row["tokens_per_answer"])
+        if (tokens := row.get("tokens_per_answer")) is not None:  # nobody counted those of an earlier version
+            found.setdefault(row["checkpoint"], []).append(tokens)
     return {who: sum(values) / len(values) for who, values in found.items()}
 
 

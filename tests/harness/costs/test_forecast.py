@@ -9,7 +9,7 @@ from qwen3 import QWEN3_4B
 
 from harness.card import of_size
 from harness.config import read_yaml
-from harness.costs.forecast import Device, Pair, Questions, asking, merging, trained_in, training
+from harness.costs.forecast import Device, Pair, Questions, asking, mean_answers, merging, trained_in, training
 from harness.costs.traces import dtype_of
 
 
@@ -66,3 +66,11 @@ def test_an_adapters_merge_is_counted_in_main_memory_beside_a_gpu(pair: Pair, tm
 @pytest.mark.parametrize("said", [{}, {"bf16": True}, {"bf16": "auto"}, {"fp16": True}, {"bf16": False, "fp16": True}])
 def test_a_training_is_timed_in_what_it_computes_in(said: dict):
     assert getattr(torch, trained_in(said)) == dtype_of(said)
+
+
+def test_answers_that_nobody_counted_have_no_mean(tmp_path: Path):
+    rows = [("instruct", 10.0), ("instruct", None), ("instruct", 30.0), ("thinking", None)]
+    said = [{"checkpoint": who, "tokens_per_answer": tokens} for who, tokens in rows]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": said}))
+    assert mean_answers(tmp_path / "results.json") == {"instruct": 20.0}
+    assert mean_answers(tmp_path / "none.json") == {}
