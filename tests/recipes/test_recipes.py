@@ -233,11 +233,11 @@ def validated(recipe: Path, gpus: int = 1) -> Any:
     return validate_config(cfg, capabilities={**A_GPU, "n_gpu": gpus}, env_capabilities={"torch_version": "2.13.0"})
 
 
-@pytest.mark.parametrize("name", ["instruct_distill", "on_policy_kl"])
+@pytest.mark.parametrize("name", ["instruct_distill", "on_policy_kl", "vllm/on_policy_kl"])
 def test_the_4b_recipes_pass_axolotl_s_own_validation(checkout: Path, shapes_of_4b: Path, name: str) -> None:
     checked = validated(short(checkout, shapes_of_4b, name))
     assert checked.adapter == "qlora"
-    if name == "on_policy_kl":
+    if name.endswith("on_policy_kl"):
         assert checked.on_policy_kl["context"] == "trace"
     else:
         assert checked.trace_stripping["max_dropped_fraction"] == 0.5
@@ -286,6 +286,14 @@ def test_what_vllm_is_told_is_what_lm_eval_s_model_takes(recipes: Path, folder: 
     weights, cache = 2.65 if nf4 else 8.04, 147_456 * arguments["max_model_len"] / 1e9
     given = (8.2 if nf4 else 24.0) * arguments["gpu_memory_utilization"]
     assert weights + cache + 1.0 < given
+
+
+@pytest.mark.parametrize("loop", ["qwen3_4b", "qwen3_4b/vllm", "qwen3_4b/vllm_8gb"])
+def test_the_teacher_reads_traces_as_long_as_stage_one_writes_them(recipes: Path, loop: str) -> None:
+    """A longer one is left out: the prompts that are hard to answer would be the ones that are not learnt."""
+    named = yaml.safe_load((recipes / loop / "loop.yml").read_text())["recipes"]
+    writes, reads = (yaml.safe_load((recipes / loop / named[who]).read_text()) for who in ("generate", "on_policy"))
+    assert reads["on_policy_kl"]["trace_max_new_tokens"] == writes["gen_kwargs"]["max_gen_toks"]
 
 
 @pytest.mark.parametrize(("size", "width"), [("0.6b", 1024), ("1.7b", 2048)])
