@@ -28,17 +28,17 @@ QUESTIONS_AT_ONCE = 200
 GRADERS = {"mini_math": "grade_integer", "mini_qa": "grade_decision"}
 
 
-def _module(file: Path) -> ModuleType:
+def module(file: Path) -> ModuleType:
     """A module that is no part of a package."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    loaded = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
-world = _module(RECIPES / "mini/world.py")
+world = module(RECIPES / "mini/world.py")
 
 
 def start_runner(out: Path) -> LocalRunner:
@@ -146,7 +146,7 @@ def score_checkpoints(start: Path, folder: Path, task: str, questions: int) -> d
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    grade = getattr(_module(ROOT / "tasks/answers.py"), GRADERS[task])
+    grade = getattr(module(ROOT / "tasks/answers.py"), GRADERS[task])
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     docs = world.test_rows(task, questions)
     saved = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
