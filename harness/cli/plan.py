@@ -36,7 +36,7 @@ Examples:
 """
 SHARED = (
     "iterations", "config", "name", "instruct", "thinking", "prompts", "tasks", "include_path", "t", "anchor",
-    "distill", "seed", "limit", "changes", "out",
+    "distill", "arms", "seed", "seeds", "limit", "changes", "out",
 )  # fmt: skip
 GB = 1e9
 FITS = {True: "[green]fits[/]", False: "[bold red]does not fit[/]", None: "[dim]main memory[/]"}
@@ -173,7 +173,7 @@ def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: fl
         table.add_column(head, justify="left" if head == "stage" else "right")
     for line in lines:
         table.add_row(
-            line.name or line.title,
+            line.label,
             str(len(line.iterations)),
             f"{(line.memory or line.main) / GB:.2f} GB",
             FITS[line.fits],
@@ -199,7 +199,7 @@ def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: fl
     for line in lines:
         parts = " + ".join(f"{what} {size / GB:.2f}" for what, size in line.parts.items() if size >= 5e6)
         told = "; ".join([*line.notes, *([f"{parts} GB"] if parts else [])])
-        console.print(f"{line.name or line.title}: {told}", style="dim", soft_wrap=True)
+        console.print(f"{line.label}: {told}", style="dim", soft_wrap=True)
     for what, needs, mend in lacking(lines, whole["disk_peak"] or 0.0, room):
         console.print(f"[bold red]{what}[/] needs {needs}: {mend}", soft_wrap=True)
 
@@ -210,10 +210,10 @@ def lacking(lines: list[Estimate], most: float, room: float) -> list[tuple[str, 
     for line in lines:
         if line.memory > line.room:
             mend = f"mend it by {line.mend}" if line.mend else "no setting mends it: a larger card, a smaller pair"
-            found.append((line.name or line.title, f"{(line.memory - line.room) / GB:.2f} GB more", mend))
+            found.append((line.label, f"{(line.memory - line.room) / GB:.2f} GB more", mend))
         if line.main_room is not None and line.main > line.main_room:
             more = f"{(line.main - line.main_room) / GB:.2f} GB more of main memory"
-            found.append((line.name or line.title, more, "a machine with more, a smaller pair"))
+            found.append((line.label, more, "a machine with more, a smaller pair"))
     if most > room:
         more = f"{(most - room) / GB:.2f} GB more"
         found.append(("the disk", more, "ts-loop gc, fewer iterations with --iters, or another disk with --out"))

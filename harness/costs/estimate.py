@@ -82,7 +82,7 @@ class Estimate:
     Attributes:
         name: of its step.
         title: what it does.
-        iterations: in which it is done.
+        iterations: in which it is done; once for each seed and arm that do not share it.
         memory: bytes at its peak.
         parts: of that, by name.
         tokens: written and learnt from in all iterations, at most; None where nobody knows.
@@ -97,6 +97,7 @@ class Estimate:
         fits: into all of that; None where only main memory is needed, and how much there is nobody knows.
         mend: what makes it fit, as it is typed; empty where it fits or nothing is known.
         notes: what the figures take for granted.
+        arms: whose it is, where other arms do it otherwise.
     """
 
     name: str
@@ -115,6 +116,12 @@ class Estimate:
     fits: bool | None = True
     mend: str = ""
     notes: tuple[str, ...] = ()
+    arms: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return (self.name or self.title) + (f" ({', '.join(self.arms)})" if self.arms else "")
 
 
 # --- training ---

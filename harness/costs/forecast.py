@@ -1,12 +1,14 @@
-"""A run's plan as estimates, a line a stage; and afterwards beside what was used.
+"""A run's plan as estimates, a line for all stages that cost the same; and afterwards beside what was used.
 
 Knows what of a stage's recipe costs what, and where a run that is done has its records. The arithmetic is `estimate`'s.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +45,7 @@ from harness.costs.shape import Shape, read_shape
 from harness.errors import LoopError
 from harness.files import below, read_json
 from harness.plan import Inputs, Step, plan
-from harness.stages import RECIPE, External, Recipe, Stage, placed
+from harness.stages import RECIPE, External, Keys, Recipe, Stage, placed
 
 GUESSED = 30  # questions of a task whose data is not here
 IMPORTS = 0.65e9  # bytes that the tools' imports hold, where it is not looked at
@@ -104,7 +106,7 @@ def device(card: Card, here: bool, given: tuple[float, float] | None, cache: Pat
 
 
 def of_run(config: LoopConfig, recipes: Mapping[str, Recipe], on: Device, out: Path) -> list[Estimate]:
-    """A line for each stage of the run, however often it is done.
+    """A line for all stages of the run that cost the same: of one step, by one recipe, whatever the iteration or seed.
 
     Raises:
         LoopError: with the first thing that cannot be planned.
@@ -113,31 +115,58 @@ def of_run(config: LoopConfig, recipes: Mapping[str, Recipe], on: Device, out: P
     asked = [*config.prompt_tasks, *config.tasks]
     found = tasks.find(asked, config.include_path, out / "stages" / ".tasks.json")
     prompts = checks.checked_prompts(config.own_prompts) if config.own_prompts else None
-    sides = [[task for name in names for task in found[name]] for names in (config.prompt_tasks, config.tasks)]
-    instruct, thinking = (External(str(folder), "") for folder in pair)
+    sides = [
+        list(dict.fromkeys(task for name in names for task in found[name]))
+        for names in (config.prompt_tasks, config.tasks)
+    ]
+    instruct, thinking = (External(str(folder), str(folder)) for folder in pair)
+    gold = External(str(config.gold), str(config.gold)) if config.gold and "gold" in config.arms else None
     tah = frozenset(role for role, folder in zip(Pair._fields, pair, strict=True) if checks.is_tah(folder))
-    inputs = Inputs(recipes, instruct, thinking, tah, sides[0], sides[1], prompts, lambda key, text: None)
-    steps = plan(config, inputs, config.iterations)
-    by_name: dict[str, list[Step]] = {}
-    for step in steps:
-        by_name.setdefault(step.name, []).append(step)
+    inputs = Inputs(recipes, instruct, thinking, tah, sides[0], sides[1], prompts, lambda key, text: None, gold=gold)
+    groups = alike(plan(config, inputs, config.iterations))
+    several = {name for name, count in Counter(like[0].name for like in groups).items() if count > 1}
     counts = questions(config, [task.name for side in sides for task in side], prompts, on.cache)
     means = mean_answers(out / config.name / "results.json")
     learnt = sum(counts[task.name].questions for task in sides[0])
     lines = []
-    for name, like in by_name.items():
-        stage = like[0].stage
+    for like in groups:
+        step, stage = like[0], like[0].stage
         recipe = placed(stage.recipes[RECIPE], paths(stage, pair))
-        iterations = tuple(step.iteration for step in like)
+        iterations = tuple(each.iteration for each in like)
+        whose = recipe_name(step, recipes)
         if stage.kind.name == "distill":
-            lines.append(training(name, recipe, iterations, on, learnt, merges=True))
+            line = training(whose, recipe, iterations, on, learnt, merges=True)
         elif stage.kind.name == "reconstruct":
-            lines.append(merging(name, recipe, iterations, pair, on))
+            line = merging(whose, recipe, iterations, pair, on)
         else:
-            who = like[0].checkpoint or "thinking"
             of_tasks = [counts[task] for task in stage.tasks]
-            lines.append(asking(name, recipe, iterations, pair, config.nf4, of_tasks, means.get(who), on))
+            mean = means.get(step.checkpoint or "thinking")
+            line = asking(whose, recipe, iterations, pair, config.nf4, of_tasks, mean, on)
+        arms = tuple(dict.fromkeys(each.arm for each in like)) if step.name in several else ()
+        lines.append(replace(line, name=step.name, arms=arms))
     return lines
+
+
+def alike(steps: Sequence[Step]) -> list[list[Step]]:
+    """The stages that a run has to do, each once however many steps are it, with those that cost the same together."""
+    keys = Keys({})  # versions are the same for all
+    groups: dict[str, list[Step]] = {}
+    first: dict[str, Step] = {}
+    for step in steps:
+        first.setdefault(keys[step.stage], step)
+    for step in first.values():
+        recipe = step.stage.recipes[RECIPE]
+        asked = {key: value for key, value in (recipe.get("model_args") or {}).items() if key != "seed"}
+        cost = json.dumps([step.name, {**recipe, "seed": 0, "model_args": asked}], sort_keys=True, default=str)
+        groups.setdefault(cost, []).append(step)
+    return list(groups.values())
+
+
+def recipe_name(step: Step, recipes: Mapping[str, Recipe]) -> str:
+    """What `--set` calls the recipe of a step."""
+    if step.name == "distill" and step.arm == "on_policy" and "on_policy" in recipes:
+        return "on_policy"
+    return step.name if step.name in recipes else step.name.partition("_")[0]
 
 
 class Questions(NamedTuple):
@@ -191,7 +220,7 @@ def training(
     """Of a training recipe of Axolotl's whose models are folders.
 
     Args:
-        name: of the step, for what is typed to mend it.
+        name: of the recipe, for what is typed to mend it.
         recipe: resolved.
         iterations: in which it is done.
         on: the device.
@@ -248,9 +277,8 @@ def trained_in(recipe: Mapping[str, Any]) -> str:
 
 
 def typed(name: str, mend: str) -> str:
-    """A change of a step's recipe as the command line takes it."""
-    whose = {"evaluate_instruct": "evaluate", "evaluate_thinking": "evaluate", "": ""}.get(name, name)
-    words = (word if word.startswith("nf4=") or not whose else f"{whose}.{word}" for word in mend.split())
+    """A change of a recipe as the command line takes it."""
+    words = (word if word.startswith("nf4=") or not name else f"{name}.{word}" for word in mend.split())
     return " ".join(f"--set {word}" for word in words)
 
 

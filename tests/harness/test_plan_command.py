@@ -10,7 +10,7 @@ from qwen3 import QWEN3_4B
 from rich.console import Console
 
 from harness.card import of_size
-from harness.cli.plan import as_data, show
+from harness.cli.plan import PARAMETERS, as_data, show
 from harness.config import read_yaml
 from harness.costs.estimate import Estimate
 from tests.harness.small import ts_loop
@@ -32,6 +32,10 @@ def test_the_4bs_recipe_is_planned_from_a_config_alone_and_what_is_too_large_is_
     assert "micro_batch_size=1" in stage["mend"]
 
 
+def test_arms_and_seeds_are_options_as_of_the_loop():
+    assert {"arms", "seeds"} <= {str(parameter.name) for parameter in PARAMETERS}
+
+
 def test_speed_is_two_numbers(tmp_path: Path):
     said = ts_loop("plan", "--speed", "fast", code=2)
     assert "write two numbers above 0" in said.stderr
@@ -40,7 +44,9 @@ def test_speed_is_two_numbers(tmp_path: Path):
 def test_what_memory_main_memory_or_disk_cannot_hold_is_said_with_what_mends_it():
     lines = [
         Estimate("generate", "", (1,), 5e9, room=4e9, fits=False, mend="--set nf4=true"),
-        Estimate("distill", "", (1, 2), 3e9, room=4e9, main=9e9, main_room=6e9, fits=False, leaves=80e9),
+        Estimate(
+            "distill", "", (1, 2), 3e9, room=4e9, main=9e9, main_room=6e9, fits=False, leaves=80e9, arms=("gold",)
+        ),
         Estimate("reconstruct", "", (1, 2), 0.0, main=6e9, fits=None, leaves=20e9),
     ]
     console = Console(file=io.StringIO(), width=200)
@@ -48,7 +54,7 @@ def test_what_memory_main_memory_or_disk_cannot_hold_is_said_with_what_mends_it(
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert said[-3:] == [
         "generate needs 1.00 GB more: mend it by --set nf4=true",
-        "distill needs 3.00 GB more of main memory: a machine with more, a smaller pair",
+        "distill (gold) needs 3.00 GB more of main memory: a machine with more, a smaller pair",
         "the disk needs 41.00 GB more: ts-loop gc, fewer iterations with --iters, or another disk with --out",
     ]
     assert any("reconstruct" in line and "main memory" in line and "fits" not in line for line in said)

@@ -5,12 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_runs import inputs_for
 from qwen3 import QWEN3_4B
 
 from harness.card import of_size
-from harness.config import read_yaml
-from harness.costs.forecast import Device, Pair, Questions, asking, mean_answers, merging, trained_in, training
+from harness.config import LoopConfig, read_yaml
+from harness.costs.forecast import (
+    Device,
+    Pair,
+    Questions,
+    alike,
+    asking,
+    mean_answers,
+    merging,
+    recipe_name,
+    trained_in,
+    training,
+)
 from harness.costs.traces import dtype_of
+from harness.plan import plan
+from harness.stages import External
 
 
 @pytest.fixture
@@ -74,3 +88,53 @@ def test_answers_that_nobody_counted_have_no_mean(tmp_path: Path):
     (tmp_path / "results.json").write_text(json.dumps({"rows": said}))
     assert mean_answers(tmp_path / "results.json") == {"instruct": 20.0}
     assert mean_answers(tmp_path / "none.json") == {}
+
+
+def grouped(shipped: LoopConfig, *arms: str, seeds: tuple[int, ...] = ()) -> dict[tuple[str, str], list[int]]:
+    """The iterations of each group of steps, by its step and the arms that it is of."""
+    config = shipped.model_copy(update={"arms": list(arms), "seeds": list(seeds)})
+    groups = alike(plan(config, inputs_for(config, gold=External("/came/gold.jsonl", "right")), 2))
+    named = {(like[0].name, " ".join(dict.fromkeys(step.arm for step in like))): like for like in groups}
+    assert len(named) == len(groups)
+    return {name: [step.iteration for step in like] for name, like in named.items()}
+
+
+def test_arms_that_share_a_stage_pay_for_it_once_and_what_they_do_otherwise_has_a_line(shipped: LoopConfig):
+    assert grouped(shipped) == {
+        ("evaluate_instruct", "thinkswitch"): [0, 1, 2],
+        ("evaluate_thinking", "thinkswitch"): [0, 1, 2],
+        ("generate", "thinkswitch"): [1, 2],
+        ("distill", "thinkswitch"): [1, 2],
+        ("reconstruct", "thinkswitch"): [1, 2],
+    }
+    found = grouped(shipped, "thinkswitch", "merge_only", "untouched", "gold", "on_policy")
+    # Instruct as it came is tested once, of merge_only, too; its thinking one is another.
+    assert found["evaluate_instruct", "thinkswitch untouched gold on_policy"] == [0, 1, 2, 1, 2, 1, 2, 1, 2]
+    assert found["evaluate_thinking", "thinkswitch merge_only untouched gold on_policy"] == [
+        0,
+        1,
+        2,
+        1,
+        1,
+        2,
+        1,
+        2,
+        1,
+        2,
+    ]
+    assert found["generate", "thinkswitch untouched on_policy"] == [1, 2, 2, 2]
+    for arm in ("thinkswitch", "untouched", "gold", "on_policy"):
+        assert found["distill", arm] == [1, 2]
+
+
+def test_seeds_are_done_once_each_on_one_line(shipped: LoopConfig):
+    assert grouped(shipped, seeds=(1, 2, 3))["distill", "thinkswitch"] == [1, 2] * 3
+
+
+def test_a_mend_names_the_recipe_that_it_changes(shipped: LoopConfig):
+    config = shipped.model_copy(update={"arms": ["thinkswitch", "on_policy"]})
+    inputs = inputs_for(config)
+    two = {**inputs.recipes, "evaluate_thinking": inputs.recipes["evaluate"]}
+    steps = plan(config, inputs, 1)
+    assert {recipe_name(step, inputs.recipes) for step in steps} == set(inputs.recipes)
+    assert {recipe_name(step, two) for step in steps if step.name == "evaluate_thinking"} == {"evaluate_thinking"}
