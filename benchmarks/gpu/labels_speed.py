@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/labels_speed.py --checkpoint Qwen/Qwen3-4B-Thinking-2507 --other-python .venv-vllm/bin/python
     python benchmarks/gpu/labels_speed.py --checkpoint recipes/mini/thinking --device cpu --dtype float32 \\
-        --other-python .venv/bin/python --other-model hf --tokens 8 64      # that it runs, without a card
+        --other-python .venv/bin/python --other-model hf --tokens 8 64 --batch 1    # that it runs, without a card
 
 Each is started as the loop starts it, `lm_eval run --config`, on the same prompts with the same checkpoint, once for
 short answers and once for long ones: tokens a second is the difference in tokens over the difference in seconds, so
