@@ -1,13 +1,17 @@
 """Questions whose answering takes seconds of imports: asked in a process of their own, and the answers kept.
 
 Knows how such a process is called: JSON in, a list of questions; JSON out, a list of answers. Knows nothing of either.
+It does not outlive who asks, however that ends (`harness.keeper` says by which facts of Linux).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,8 +22,10 @@ from typing import Any
 import thinkswitch_plugin
 from harness.errors import LoopError
 from harness.files import below, digest, disk_errors, read_json, write_json
+from harness.keeper import PATIENCE_S, PR_SET_PDEATHSIG, prctl
 from harness.runner import QUIET
 
+START = "from harness.costs.aside import serve; serve()"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "axolotl", "lm_eval")
 TRACED = ("fake", "footprint")  # modules that the others call
 
@@ -36,23 +42,24 @@ def ask(module: str, questions: Sequence[dict[str, Any]], cache: Path) -> list[d
         LoopError: it could not answer; its last line.
     """
     code = _code(module)
+    cached = _kept(cache)
     keys = [
         hashlib.sha256(f"{code}\n{module}\n{json.dumps(one, sort_keys=True)}".encode()).hexdigest()[:24]
         for one in questions
     ]
-    kept = _kept(cache)
-    new = {key: one for key, one in zip(keys, questions, strict=True) if key not in kept}
+    new = {key: one for key, one in zip(keys, questions, strict=True) if key not in cached}
     if new:
         answers = _run(module, list(new.values()))
-        kept |= dict(zip(new, answers, strict=True))
+        cached |= dict(zip(new, answers, strict=True))
         with disk_errors(cache):
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json(cache, kept)
-    return [kept[key] for key in keys]
+            write_json(cache, {key: {"answer": answer, "seal": _seal(key, answer)} for key, answer in cached.items()})
+    return [cached[key] for key in keys]
 
 
 def answer_all(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """The other side: answer each question of standard input, and print the list last."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was begun is put away
     said = sys.stdout
     sys.stdout = sys.stderr  # what the tools print
     answers = [answer(question) for question in json.load(sys.stdin)]
@@ -60,11 +67,18 @@ def answer_all(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 def _kept(cache: Path) -> dict[str, Any]:
+    """The answers in a cache; what cannot be read, or is not as it was written, is asked again: it only saves time."""
     try:
         kept = read_json(cache)
     except LoopError:
-        kept = None  # it only saves time
-    return kept if isinstance(kept, dict) else {}
+        return {}
+    every = kept.items() if isinstance(kept, dict) else ()
+    whole = {key: one["answer"] for key, one in every if isinstance(one, dict) and {"answer", "seal"} <= one.keys()}
+    return {key: answer for key, answer in whole.items() if kept[key]["seal"] == _seal(key, answer)}
+
+
+def _seal(key: str, answer: Any) -> str:
+    return hashlib.sha256(f"{key}\n{json.dumps(answer, sort_keys=True)}".encode()).hexdigest()[:24]
 
 
 def _code(module: str) -> str:
@@ -75,16 +89,34 @@ def _code(module: str) -> str:
 
 
 def _run(module: str, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    ended = subprocess.run(
-        [sys.executable, "-m", f"harness.costs.{module}"],
-        input=json.dumps(questions),
-        capture_output=True,
+    asked = subprocess.Popen(
+        [sys.executable, "-c", START, module, str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         env={**QUIET, **os.environ},
     )
-    if ended.returncode:
-        lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+    try:
+        said, complained = asked.communicate(json.dumps(questions))
+    except BaseException:
+        asked.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            asked.wait(PATIENCE_S)
+        asked.kill()
+        raise
+    if asked.returncode:
+        lines = [line.strip() for line in complained.splitlines() if line.strip()]
         raise LoopError(f"plan: {module} could not tell: {''.join(lines[-1:])[:400]}")
-    answers: list[dict[str, Any]] = json.loads(ended.stdout.splitlines()[-1])
+    answers: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
     return answers
+
+
+def serve() -> None:
+    """The process that answers: what is asked ends with who asks, whose id is the second argument."""
+    module, parent = sys.argv[1:]
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it died before it could be watched
+        return
+    sys.argv = [module]
+    runpy.run_module(f"harness.costs.{module}", run_name="__main__")

@@ -379,12 +379,14 @@ def compared(out: Path, name: str, on: Device) -> list[Compared]:
     """Prediction beside use for every stage of a run that is done, its rows as long as they were.
 
     Raises:
-        LoopError: there is no such run.
+        LoopError: there is no such run, or it does not say of which pair it was.
     """
     noted = read_json(out / name / "run.json")
     if not isinstance(noted, dict) or "steps" not in noted:
         raise LoopError(f"--compare {name}: no such run in {out}; see ts-loop status")
-    asked = noted["asked"]
+    asked = noted.get("asked")
+    if not isinstance(asked, dict) or not {"instruct", "thinking"} <= asked.keys():
+        raise LoopError(f"--compare {name}: its run.json does not say of which pair it was; run it again")
     pair = Pair(*(checks.described_checkpoint(asked[role], role) for role in ("instruct", "thinking")))
     found = []
     for step in noted["steps"]:

@@ -16,6 +16,7 @@ from harness.costs.forecast import (
     Questions,
     alike,
     asking,
+    compared,
     mean_answers,
     merging,
     recipe_name,
@@ -23,6 +24,7 @@ from harness.costs.forecast import (
     training,
 )
 from harness.costs.traces import dtype_of
+from harness.errors import LoopError
 from harness.plan import plan
 from harness.stages import External
 
@@ -138,3 +140,12 @@ def test_a_mend_names_the_recipe_that_it_changes(shipped: LoopConfig):
     steps = plan(config, inputs, 1)
     assert {recipe_name(step, inputs.recipes) for step in steps} == set(inputs.recipes)
     assert {recipe_name(step, two) for step in steps if step.name == "evaluate_thinking"} == {"evaluate_thinking"}
+
+
+@pytest.mark.parametrize("noted", [{}, {"asked": None}, {"asked": {"instruct": "somewhere"}}])
+def test_a_run_that_does_not_say_what_was_asked_is_refused_in_a_line(tmp_path: Path, noted: dict):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text(json.dumps({"steps": [], **noted}))
+    with pytest.raises(LoopError, match=r"--compare mine: .*does not say of which pair") as refused:
+        compared(tmp_path, "mine", on(8, tmp_path))
+    assert "\n" not in str(refused.value)
