@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import isinf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from harness.card import Card
     from harness.costs.estimate import Estimate
     from harness.costs.forecast import Compared, Device
+    from harness.stages import Recipe
 
 HELP = """What each stage will take, before anything runs: memory, time, tokens, disk, downloads, dollars.
 
@@ -121,6 +123,7 @@ def callback(
         asked, recipes, said = loop.asked_for(config, options, changes, card)
         lines = forecast.of_run(asked, recipes, on(), out)
         per_hour, to_fetch = asked.usd_per_hour, forecast.downloads(asked)
+        said += made_for_a_gpu(recipes, card)
     if as_json:
         click.echo(json.dumps(as_data(lines, card, per_hour, to_fetch, free(out)), indent=2))
         return
@@ -135,6 +138,21 @@ def free(out: Path) -> int:
     import shutil
 
     return shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
+
+
+def made_for_a_gpu(recipes: Mapping[str, Recipe], card: Card) -> list[str]:
+    """A line that says so where recipes name a GPU and a CPU is planned for."""
+    from harness.asking import SERVED
+
+    wants = {
+        name: recipe.get("device") or f"model: {recipe['model']}"
+        for name, recipe in recipes.items()
+        if str(recipe.get("device")).startswith("cuda") or recipe.get("model") in SERVED
+    }
+    if card.gpu or not wants:
+        return []
+    named = ", ".join(f"{name} ({what})" for name, what in wants.items())
+    return [f"{named}: made for a GPU, and this is planned for {card.name}; --vram GB plans for a card"]
 
 
 def totals(lines: list[Estimate], per_hour: float | None) -> dict[str, float | None]:

@@ -128,11 +128,20 @@ class Estimate:
 
 
 def ceilings(recipe: Mapping[str, Any]) -> Length:
-    """The longest rows that a recipe lets pass."""
+    """The longest rows that a recipe lets pass.
+
+    Raises:
+        LoopError: it lets none, as an answer leaves no room for a prompt.
+    """
     longest = int(recipe.get("sequence_len") or 2048)
     if block := recipe.get("on_policy_kl"):
         new = int(block.get("max_new_tokens") or 512)
-        prompt = max(1, longest - new)
+        prompt = longest - new
+        if prompt < 1:
+            raise LoopError(
+                f"on_policy_kl: max_new_tokens: {new} leaves no room for a prompt in sequence_len: {longest}; raise "
+                "sequence_len, or lower max_new_tokens"
+            )
         trace = int(block.get("trace_max_new_tokens") or 2048) if block.get("context") == "trace" else 0
         return Length(prompt, new, prompt + trace)
     return Length(1, longest - 1)
@@ -244,14 +253,14 @@ def mends(recipe: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def mended(recipe: dict[str, Any], length: Length, card: Card, floor: float, cache: Path) -> str:
     """The fewest changes that make a training fit the device, as they are typed; empty where none do."""
+    tries: list[tuple[str, dict[str, Any], Length]] = []
     for typed, changed in mends(recipe):
-        now = length
-        if not length.measured:
-            try:
-                now = ceilings(changed)
-            except ValueError:
-                continue
-        (found,) = ask([question(changed, now, card.gpu)], cache)
+        try:
+            tries.append((typed, changed, length if length.measured else ceilings(changed)))
+        except LoopError:
+            continue
+    every = ask([question(changed, now, card.gpu) for _, changed, now in tries], cache)
+    for (typed, changed, _), found in zip(tries, every, strict=True):
         if sum(training_memory(changed, found, card, floor).values()) <= card.memory:
             return typed
     return ""

@@ -10,7 +10,7 @@ from qwen3 import QWEN3_4B
 from rich.console import Console
 
 from harness.card import of_size
-from harness.cli.plan import PARAMETERS, as_data, show
+from harness.cli.plan import PARAMETERS, as_data, made_for_a_gpu, show
 from harness.config import read_yaml
 from harness.costs.estimate import Estimate
 from tests.harness.small import ts_loop
@@ -30,6 +30,20 @@ def test_the_4bs_recipe_is_planned_from_a_config_alone_and_what_is_too_large_is_
     (stage,) = json.loads(ts_loop(*planned, "--vram", 4, "--set", "micro_batch_size=8").stdout)["stages"]
     assert not stage["fits"]
     assert "micro_batch_size=1" in stage["mend"]
+
+
+def test_recipes_for_a_gpu_on_a_cpu_are_said_with_the_option_that_plans_for_one():
+    cpu = of_size(8)._replace(gpu=False, name="a CPU")
+    recipes = {
+        "generate": {"device": "cuda:0"},
+        "evaluate": {"model": "vllm"},
+        "distill": {},
+        "other": {"device": "cpu"},
+    }
+    (line,) = made_for_a_gpu(recipes, cpu)
+    assert line.startswith("generate (cuda:0), evaluate (model: vllm): made for a GPU")
+    assert "--vram" in line
+    assert made_for_a_gpu(recipes, of_size(8)) == made_for_a_gpu({"evaluate": {"device": "cpu"}}, cpu) == []
 
 
 def test_arms_and_seeds_are_options_as_of_the_loop():

@@ -24,6 +24,7 @@ from harness.costs.estimate import (
 )
 from harness.costs.footprint import DEPTHS, Footprint, extrapolated
 from harness.costs.shape import of_config
+from harness.errors import LoopError
 
 CARD = of_size(8)
 
@@ -33,6 +34,12 @@ def test_rows_are_as_long_as_the_recipe_lets_them_be(recipes: Path):
     assert (distil.prompt + distil.answer, distil.measured) == (256, False)
     on_policy = ceilings({"sequence_len": 3072, "on_policy_kl": {"max_new_tokens": 1024, "context": "trace"}})
     assert (on_policy.prompt, on_policy.answer, on_policy.context) == (2048, 1024, 2048 + 2048)
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_in_a_line():
+    for new in (1024, 4096):
+        with pytest.raises(LoopError, match=f"max_new_tokens: {new} leaves no room .* sequence_len: 1024"):
+            ceilings({"sequence_len": 1024, "on_policy_kl": {"max_new_tokens": new}})
 
 
 def test_figures_go_on_along_a_straight_line_over_layers():
