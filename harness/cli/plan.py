@@ -187,8 +187,9 @@ def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: fl
     from rich.table import Table
 
     table = Table(title=f"on {card.name}: {card.memory / GB:.1f} GB", title_justify="left")
-    for head in ("stage", "times", "memory", "", "tokens ≤", "time ~", "disk"):
-        table.add_column(head, justify="left" if head == "stage" else "right")
+    table.add_column("stage", overflow="fold")
+    for head in ("times", "memory", "", "tokens ≤", "time ~", "disk"):
+        table.add_column(head, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(
             line.label,

@@ -409,7 +409,7 @@ def served_mend(recipe: Mapping[str, Any], shape: Shape, tokens: int, nf4: bool,
     eager = bool(arguments.get("enforce_eager"))
     for part in (1, *SHORTER):
         settings = [(nf4, eager), (True, eager), (nf4, True), (True, True)]
-        tries += [(tokens // part, *each) for each in dict.fromkeys(settings if part == 1 else settings[-1:])]
+        tries += [(tokens // part, *each) for each in settings if part == 1 or each[0]]
     for longest, packed, no_graphs in tries:
         limits = {"max_length": None, "context_length": None, "max_model_len": longest}
         changed = {**recipe, "model_args": {**arguments, **limits, "enforce_eager": no_graphs}}

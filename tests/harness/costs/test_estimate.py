@@ -17,12 +17,14 @@ from harness.costs.estimate import (
     asking_mend,
     asking_seconds,
     ceilings,
+    mended,
     mends,
+    question,
     served,
     training_memory,
     training_seconds,
 )
-from harness.costs.footprint import DEPTHS, Footprint, extrapolated
+from harness.costs.footprint import DEPTHS, Footprint, ask, extrapolated
 from harness.costs.shape import of_config
 from harness.errors import LoopError
 
@@ -89,16 +91,17 @@ def test_what_a_server_has_no_room_for_is_mended_by_what_then_fits(recipes: Path
     mend = asking_mend(recipe, shape, width, False, CARD, 0.0)
     assert mend.split() == [
         "nf4=true",
-        "model_args.enforce_eager=true",
         f"model_args.max_model_len={width // 2}",
         f"gen_kwargs.max_gen_toks={width // 2 - PROMPT}",
     ]
-    changed = {**recipe["model_args"], "enforce_eager": True, "max_model_len": width // 2}
+    changed = {**recipe["model_args"], "max_model_len": width // 2}
     then = served({**recipe, "model_args": changed}, shape, width // 2, True, CARD)
     assert sum(then.parts.values()) <= then.room
     unsaid = {"model": "vllm", "model_args": {"dtype": "bfloat16"}}  # all 262,144 positions, then
     assert asking_mend(unsaid, shape, 16_384, False, of_size(24), 0.0) == "model_args.max_model_len=16384"
     assert asking_mend(recipe, shape, width, False, of_size(2), 0.0) == ""
+    whole = {**recipe, "model_args": {**recipe["model_args"], "gpu_memory_utilization": 0.97}}  # CUDA graphs lie beside
+    assert asking_mend(whole, shape, 8192, True, CARD, 0.0).split()[0] == "model_args.enforce_eager=true"
 
 
 def test_a_training_is_mended_mildest_first_and_by_nothing_that_it_says_already(recipes: Path):
@@ -146,3 +149,20 @@ def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path):
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
     assert file_bytes(tmp_path) == of_config(QWEN3_4B).weights_bytes(nf4=False)
+
+
+@pytest.mark.slow
+def test_all_that_might_mend_a_training_is_traced_at_once(tmp_path: Path, recipes: Path):
+    cache = tmp_path / "plan.json"
+    recipe = read_yaml(recipes / "instruct_distill.yml") | {"base_model": str(recipes / "mini" / "instruct")}
+    length = ceilings(recipe)
+    tries = [
+        training_memory(now, *ask([question(now, ceilings(now), True)], cache), CARD, 0.0) for _, now in mends(recipe)
+    ]
+    second = sum(tries[1].values())
+    cache.unlink()
+    assert (
+        mended(recipe, length, CARD._replace(memory=int(second)), 0.0, cache)
+        == [typed for typed, _ in mends(recipe)][1]
+    )
+    assert len(json.loads(cache.read_text())) == len(tries)
