@@ -155,7 +155,7 @@ def _hub(name: str) -> Rows:
     repository, _, config = place.partition(":")
     try:
         rows = load_dataset(repository, config or None, revision=revision or None, split="train")
-    except (DatasetNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except (DatasetNotFoundError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{name}: the hub gave no split `train` of it ({why}); check the name (owner/name, owner/name:config), "
