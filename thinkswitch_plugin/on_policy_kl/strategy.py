@@ -111,11 +111,10 @@ class OnPolicyKLStrategy(DatasetWrappingStrategy):
         if trace is not None and len(theirs) > len(self.teacher(messages, None)) + self.config.trace_max_new_tokens:
             return None
         answer = self.config.max_new_tokens
-        longest = max(len(ids), len(theirs) + (self.config.trace_max_new_tokens if writes else 0)) + answer
         if len(ids) + answer > self.longest:
             raise ValueError(
                 f"on_policy_kl: {self.path}: row {number}: the prompt has {len(ids)} tokens and the answer may have "
-                f"{answer}: raise sequence_len from {self.longest} to {longest}, or lower max_new_tokens"
+                f"{answer}: raise sequence_len from {self.longest} to {len(ids) + answer}, or lower max_new_tokens"
             )
         return {
             "input_ids": ids,
