@@ -218,7 +218,8 @@ def show(lines: list[Estimate], card: Card, per_hour: float | None, to_fetch: fl
     for line in lines:
         parts = " + ".join(f"{what} {size / GB:.2f}" for what, size in line.parts.items() if size >= 5e6)
         told = "; ".join([*line.notes, *([f"{parts} GB"] if parts else [])])
-        console.print(f"{line.label}: {told}", style="dim", soft_wrap=True)
+        if told:
+            console.print(f"{line.label}: {told}", style="dim", soft_wrap=True)
     for what, needs, mend in lacking(lines, whole["disk_peak"] or 0.0, room):
         console.print(f"[bold red]{what}[/] needs {needs}: {mend}", soft_wrap=True)
 
