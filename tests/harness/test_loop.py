@@ -433,7 +433,7 @@ def test_a_kind_of_stage_is_one_module_and_one_line_of_the_plan(
     def planned(*args: Any) -> list[Step]:
         steps = plan(*args)
         (distilled,) = (step.stage for step in steps if step.name == "distill")
-        return [*steps, Step(1, "compact", build(distilled))]
+        return [*steps, Step(1, "compact", build(distilled), seed=steps[0].seed)]
 
     monkeypatch.setattr(loop, "plan", planned)
     out, config = copied
