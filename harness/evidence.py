@@ -266,6 +266,7 @@ class Arm(NamedTuple):
         who: the last iteration's checkpoint.
         task: its name.
         accuracy: over all seeds, with Student's interval over them (NaN for a single one).
+        tokens: of an answer; NaN where they were not counted.
         gain: against the pair as it came; None where that was not evaluated.
         beside: against the run's first arm at its last iteration; None for itself, and for an arm that is not as far.
     """
@@ -273,6 +274,7 @@ class Arm(NamedTuple):
     who: Who
     task: str
     accuracy: Estimate
+    tokens: float
     gain: Comparison | None
     beside: Comparison | None
 
@@ -308,7 +310,9 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
         accuracy = (
             known._replace(low=max(0.0, known.low), high=min(1.0, known.high)) if known.low == known.low else known
         )
-        found.append(Arm(who, task, accuracy, gained.get((who, task)), compared.get((who, task))))
+        written = tokens(mine)
+        each = sum(written) / sum(row["answers"] for row in mine) if written else math.nan
+        found.append(Arm(who, task, accuracy, each, gained.get((who, task)), compared.get((who, task))))
     return found
 
 
@@ -493,6 +497,7 @@ def arm_json(arm: Arm) -> dict[str, Any]:
         **arm.who._asdict(),
         "task": arm.task,
         "accuracy": {key: known(value) for key, value in arm.accuracy._asdict().items()},
+        "tokens_per_answer": known(arm.tokens),
         "gain": as_json(arm.gain) if arm.gain else None,
         "beside": as_json(arm.beside) if arm.beside else None,
     }

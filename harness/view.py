@@ -316,6 +316,7 @@ ARM_HEADS = (
     "arm",
     "iteration",
     "accuracy",
+    "tokens",
     "over the pair, points",
     "over the first arm",
     "p",
@@ -325,7 +326,6 @@ ARM_HEADS = (
 
 def arm_cells(found: Sequence[Arm]) -> list[list[str]]:
     """What came of each arm, for the table and the page."""
-
     return [
         [
             one.task,
@@ -334,6 +334,7 @@ def arm_cells(found: Sequence[Arm]) -> list[list[str]]:
             str(one.who.iteration),
             f"{one.accuracy.value:.1%}"
             + ("" if math.isnan(one.accuracy.low) else f" ({one.accuracy.low:.1%} to {one.accuracy.high:.1%})"),
+            "" if math.isnan(one.tokens) else f"{one.tokens:,.1f}",
             in_points(one.gain.gain) if one.gain else "",
             in_points(one.beside.gain) if one.beside else "",
             f"{one.beside.p:.2g}" if one.beside else "",

@@ -105,6 +105,7 @@ def test_arms_are_held_against_the_pair_and_against_the_first() -> None:
     assert merged.gain
     assert merged.beside
     assert (merged.gain.p, merged.beside.test.lost) == (1.0, 15)
+    assert ours.tokens == 10.0
     assert math.isnan(ours.accuracy.low), "one seed has no interval over seeds"
     seeds = [*rows, *[{**row, "seed": 1, "score": 1.0} for row in rows]]
     assert evidence.arms(seeds)[0].accuracy.low < evidence.arms(seeds)[0].accuracy.value

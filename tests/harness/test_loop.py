@@ -384,6 +384,7 @@ def test_labels_none_of_which_closed_end_the_run_and_more_tokens_mend_it(
     run_here(config, out, runner, changes=("generate.gen_kwargs.max_gen_toks=96",))  # the advice can be taken
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_what_they_have_in_common(recipes: Path, tmp_path: Path, runner: LocalRunner) -> None:
     config = small_loop(recipes, tmp_path / "mine", limit=8)
     ended: dict[str, Ran | BaseException] = {}

@@ -88,7 +88,7 @@ def strip_sample_row(
         answer = _strip([{layout.role: "assistant", layout.content: text}], layout, opened, tags)
         if not strip and not answer.dropped:
             whole = text if not opened or text.lstrip().startswith(tags[0][0]) else f"{tags[0][0]}\n{text}"
-            answer = replace(answer, messages=[{layout.role: "assistant", layout.content: whole}], kept=[whole])
+            answer = replace(answer, messages=[{layout.role: "assistant", layout.content: whole}], kept=answer.read)
         yield StrippedRow(
             prompt.messages + answer.messages,
             prompt.dropped or answer.dropped,

@@ -140,7 +140,7 @@ def test_a_baseline_learns_the_answers_as_they_came_from_the_same_rows() -> None
     left = list(strip_sample_row({"doc": doc, "resps": [texts]}, Layout(), strip=False))
     assert [row.messages[-1]["content"] for row in left[:2]] == ["<think>\nso</think>\n\na", "<think>so</think>b"]
     assert [row.dropped for row in left] == [None, None, "unclosed"]
-    assert left[0].kept == ["<think>\nso</think>\n\na"]
+    assert left[0].kept == left[0].read == ["so</think>\n\na"]
     chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>so</think>a"}]}
     assert strip_chat_row(chat, Layout(), strip=False).messages == chat["messages"]
     cut = {"messages": [{"role": "assistant", "content": "<think>so"}]}
