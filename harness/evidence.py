@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from harness import stats
 from harness.config import ARMS
 from harness.errors import LoopError
+from harness.outcomes import Outcome, summary
 from harness.stats import Estimate, Paired
 
 Row = Mapping[str, Any]
@@ -284,10 +286,9 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
 
     The comparisons with the first arm are corrected together.
     """
-    groups = by_checkpoint(rows)
     if len({(row["arm"], row["seed"]) for row in rows}) < 2:
         return []
-    about = rows[0]["arm"]
+    groups, about = by_checkpoint(rows), rows[0]["arm"]
     last: dict[tuple[str, str, str], Who] = {}
     for who, task in groups:
         place = (who.checkpoint, task, who.arm)
@@ -306,39 +307,27 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
     for (_, task, _), who in sorted(last.items(), key=lambda item: (item[0][1], item[0][0])):
         mine = list(groups[who, task].values())
         means = [stats.mean([row["by_seed"][s] for row in mine if s in row["by_seed"]]) for s in mine[0]["by_seed"]]
-        known = stats.over_runs(means)
-        accuracy = (
-            known._replace(low=max(0.0, known.low), high=min(1.0, known.high)) if known.low == known.low else known
-        )
-        written = tokens(mine)
-        each = sum(written) / sum(row["answers"] for row in mine) if written else math.nan
+        accuracy = stats.over_runs(means)
+        if not math.isnan(accuracy.low):
+            accuracy = accuracy._replace(low=max(0.0, accuracy.low), high=min(1.0, accuracy.high))
+        each = summed_up(mine)["tokens_per_answer"]
+        each = math.nan if each is None else each
         found.append(Arm(who, task, accuracy, each, gained.get((who, task)), compared.get((who, task))))
     return found
 
 
+def summed_up(rows: Iterable[Row]) -> dict[str, Any]:
+    """One checkpoint's questions of one task as a row of `results.json`."""
+    (row,) = summary(Outcome(**{field.name: row[field.name] for field in fields(Outcome)}) for row in rows)
+    return row
+
+
 def pooled(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The scores of a run's first arm as rows of `results.json`, seeds taken together: their mean."""
-    found = []
-    for (who, task), by_question in by_checkpoint(first_arm(rows)).items():
-        mine = list(by_question.values())
-        scores = [row["score"] for row in mine]
-        answers, each = sum(row["answers"] for row in mine), tokens(mine)
-        found.append(
-            {
-                "arm": who.arm,
-                "iteration": who.iteration,
-                "checkpoint": who.checkpoint,
-                "task": task,
-                "n": len(mine),
-                "correct": round(math.fsum(scores), 6),
-                "accuracy": stats.mean(scores),
-                "ci95": list(stats.interval(scores)),
-                "tokens_per_answer": sum(each) / answers if each else None,
-                "closed_traces": sum(row["closed"] for row in mine) / answers,
-                "truncated": sum(row["truncated"] for row in mine) / answers,
-            }
-        )
-    return found
+    return [
+        {"arm": who.arm, "iteration": who.iteration, "checkpoint": who.checkpoint, **summed_up(by_question.values())}
+        for (who, _), by_question in by_checkpoint(first_arm(rows)).items()
+    ]
 
 
 def figures(rows: Sequence[Row]) -> list[Figures]:
@@ -394,22 +383,18 @@ def dial(rows: Sequence[Row], anchor: Sequence[Row]) -> list[Point]:
     }
     found = []
     for (who, task), by_question in by_checkpoint(row for row in rows if row["arm"].startswith("t=")).items():
-        mine = list(by_question.values())
-        scores = [row["score"] for row in mine]
-        low, high = stats.interval(scores)
-        answers = sum(row["answers"] for row in mine)
-        written = tokens(mine)
+        row = summed_up(by_question.values())
         alike = [
-            row["score"] == came[task, question] for question, row in by_question.items() if (task, question) in came
+            mine["score"] == came[task, question] for question, mine in by_question.items() if (task, question) in came
         ]
         found.append(
             Point(
                 float(who.arm.removeprefix("t=")),
                 task,
-                Estimate(stats.mean(scores), low, high),
-                sum(row["closed"] for row in mine) / answers,
-                sum(written) / answers if written else None,
-                stats.mean(alike) if alike else float("nan"),
+                Estimate(row["accuracy"], *row["ci95"]),
+                row["closed_traces"],
+                row["tokens_per_answer"],
+                stats.mean(alike) if alike else math.nan,
             )
         )
     return sorted(found, key=lambda point: (point.task, point.t))

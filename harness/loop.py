@@ -409,7 +409,7 @@ def go(run: Run, view: View, runner: Runner | None = None, told: bool = True) ->
         published = _carried_out(run, view, runner)
         results = published.write()
         if told:
-            view.end(run, results, evidence.arms(list(published.questions())))
+            view.end(run, results, published.arms)
             reported(run, view)
         return results
 
@@ -476,6 +476,7 @@ class Published:
         self.todo = set(todo)
         self.outcomes: dict[str, list[outcomes.Outcome]] = {}  # by key
         self.seen: set[str] = set()  # places
+        self.arms: list[evidence.Arm] = []  # what came of each, once it was written at the end
 
     def look(self, ended: str = "") -> None:
         """Link and publish every step that is done and was not so far; `ended` is the key of a stage that has ended."""
@@ -526,7 +527,8 @@ class Published:
             gains = evidence.gains(questions)
             results["verdict"] = evidence.verdict(gains)
             results["comparisons"] = [evidence.as_json(gain) for gain in gains]
-            results["arms"] = [evidence.arm_json(arm) for arm in evidence.arms(questions)]
+            self.arms = evidence.arms(questions)
+            results["arms"] = [evidence.arm_json(arm) for arm in self.arms]
             results["figures"] = [evidence.figure_json(figure) for figure in evidence.figures(questions)]
             if len(self.run.config.every_seed) > 1:
                 results["pooled"] = evidence.pooled(questions)

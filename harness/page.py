@@ -91,7 +91,7 @@ def picture(report: Report) -> dict[str, Any]:
         "missing": report.missing,
         "of": len(report.stages) + len(report.missing),
         "verdict": [{"text": text, "kind": kind} for text, kind in zip(lines, kinds, strict=True)],
-        "cards": cards(report),
+        "cards": cards(report, last),
         "ship": ship(report, last),
         "seeds": report.seeds,
         "by_iteration": [charts.by_iteration(task, mine) for task, mine in by_task.items()],
@@ -121,7 +121,7 @@ def ship(report: Report, last: int) -> str:
     return "Nothing here says that the distilled checkpoint is better than the one it came from."
 
 
-def cards(report: Report) -> list[dict[str, str]]:
+def cards(report: Report, last: int) -> list[dict[str, str]]:
     """The few figures a reader looks for first."""
     found = []
     for one in report.comparisons:
@@ -132,7 +132,7 @@ def cards(report: Report) -> list[dict[str, str]]:
                 {"what": f"instruct, {one.task}", "value": f"{100 * (after - before):+.1f} points", "more": more}
             )
     for figure in report.figures:
-        if figure.transferred and not math.isnan(figure.transferred.value) and figure.who.iteration == _last(report):
+        if figure.transferred and not math.isnan(figure.transferred.value) and figure.who.iteration == last:
             value = f"{figure.transferred.value:.0%}"
             found.append(
                 {"what": f"of thinking's lead, {figure.task}", "value": value, "more": between(figure.transferred)}
@@ -154,10 +154,6 @@ def by_t(report: Report) -> dict[str, list[dict[str, Any]]]:
         for what, share in (("accuracy", point.accuracy.value), ("closed traces", point.closed)):
             found.setdefault(point.task, []).append({"t": point.t, "share": share, "what": what})
     return found
-
-
-def _last(report: Report) -> int:
-    return max(row["iteration"] for row in report.rows)
 
 
 def between(estimate: Estimate, scale: str = "percent") -> str:

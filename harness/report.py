@@ -102,13 +102,14 @@ def gather(out: Path, name: str) -> Report:
     if not isinstance(results, dict) or not isinstance(results.get("rows"), list) or not results["rows"]:
         raise LoopError(f"{out / name}: nothing of it is evaluated yet; there is nothing to report")
     asked = evidence.read(folder.root)
+    seeds = len({row["seed"] for row in asked})
     records = [(step, store.record(step["key"])) for step in noted["steps"]]
     done = [(step["iteration"], step["name"], record) for step, record in records if record]
     first = [step for step in noted["steps"] if place_of(step).startswith("iter_")]
     return Report(
         name=name,
-        rows=evidence.pooled(asked) if len({row["seed"] for row in asked}) > 1 else results["rows"],
-        seeds=len({row["seed"] for row in asked}),
+        rows=evidence.pooled(asked) if seeds > 1 else results["rows"],
+        seeds=seeds,
         comparisons=evidence.gains(asked),
         arms=evidence.arms(asked),
         dial=dial_of(out, name, asked),
