@@ -108,20 +108,21 @@ def prepare(out: Path, name: str, ts: Sequence[float], view: View) -> Run:
         raise LoopError(f"{name}: its reconstruct recipe has no one t to turn")
     before = RunDir(out / f"{name}.dial").noted().get("steps", [])
     turned = [float(step["arm"].removeprefix("t=")) for step in before if str(step.get("arm")).startswith("t=")]
-    plan = []
+    read, asked_of = inputs(rebuilt), inputs(tested, "checkpoint")
+    plan: dict[float, list[Step]] = {}
     for t in sorted({*ts, *turned}):
         merge = Stage(
             reconstruct.KIND,
             {RECIPE: {**recipe, "parameters": {**parameters, "t": t}}},
             tuple(map(tuple, merged["commands"])),
-            inputs(rebuilt),
+            read,
             device="cpu",
         )
         test = Stage(
             evaluate.KIND,
             {RECIPE: asks},
             tuple(map(tuple, asked["commands"])),
-            {"checkpoint": Output(merge, reconstruct.CHECKPOINT), **inputs(tested, "checkpoint")},
+            {"checkpoint": Output(merge, reconstruct.CHECKPOINT), **asked_of},
             tasks=asked["tasks"],
             scratch=(asking.NF4_COPY,),
             device=asking.device_of(asks),
@@ -129,12 +130,13 @@ def prepare(out: Path, name: str, ts: Sequence[float], view: View) -> Run:
             versions=elsewhere,
         )
         where = (f"t={t:g}", config.seed, f"t_{t:g}")
-        plan += [
+        plan[t] = [
             Step(last, "reconstruct", merge, "", *where),
             Step(last, "evaluate_thinking", test, "thinking", *where),
         ]
     named = config.model_copy(update={"name": f"{name}.dial"})
-    keys = Keys(versions(tuple(dict.fromkeys(tool for step in plan for tool in step.stage.kind.tools))))
-    kept = [step for step in plan if float(step.arm.removeprefix("t=")) in ts or store.record(keys[step.stage])]
-    wanted = [step for step in kept if float(step.arm.removeprefix("t=")) in ts]
+    tools = dict.fromkeys(tool for steps in plan.values() for step in steps for tool in step.stage.kind.tools)
+    keys = Keys(versions(tuple(tools)))
+    wanted = [step for t in plan if t in ts for step in plan[t]]
+    kept = [step for steps in plan.values() for step in steps if step in wanted or store.record(keys[step.stage])]
     return Run(named, RunDir(out / named.name), store, kept, wanted, keys, pair, watched)

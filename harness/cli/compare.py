@@ -29,8 +29,6 @@ def command(before: str, after: str | None, out: Path, as_json: bool) -> None:
     The test is McNemar's exact one; p-values of several tasks are corrected (Holm). CHECKPOINT is instruct or thinking,
     ITERATION a number; left out, instruct and the last one.
     """
-    from rich.console import Console
-
     from harness import evidence, view
 
     found = (
@@ -43,9 +41,7 @@ def command(before: str, after: str | None, out: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([evidence.as_json(one) for one in found], indent=2))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=view.PLAIN_WIDTH)
-    console.print(view.comparison_table(found))
+    shown = view.View()
+    shown.console.print(view.comparison_table(found))
     for line in evidence.verdict(found):
-        console.print(line, markup=False, soft_wrap=True)
+        shown.say(line)
