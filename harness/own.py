@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ class Wanted:
     folder: str
     instruct: str
     thinking: str
-    name: str
+    name: str | None = None
     prompts: list[str] | None = None
     tasks: list[str] | None = None
     include_path: Path | None = None
@@ -109,37 +109,23 @@ def is_embedded(pair: Mapping[str, str]) -> bool:
     return all(checks.sizes(checks.described_checkpoint(name, role)) == made_for for role, name in pair.items())
 
 
-def prepared(
-    pair: Mapping[str, str],
-    card: Card | None,
-    folder: str,
-    prompts: list[str] | None = None,
-    tasks: list[str] | None = None,
-    include_path: Path | None = None,
-    name: str | None = None,
-    vram: float | None = None,
-) -> Written:
+def prepared(wanted: Wanted, card: Card | None = None) -> Written:
     """`write` for a pair that was looked at first: its configs, cards and tokenizers, and the user's prompts.
 
     Args:
-        pair: "instruct" and "thinking", each an absolute path or a hub id.
+        wanted: what the user says; the run is named after the folder unless it has a name, and prompts are counted.
         card: what it will run on; None for the device at hand.
-        folder: where the files will lie, as the user writes it; the run is named after it unless `name` is given.
-        prompts: a file or hub data set, or lm-eval tasks.
-        tasks: lm-eval tasks that are scored.
-        include_path: a folder of the user's own tasks.
-        name: of the run.
-        vram: of the card in GB, if it was named.
 
     Raises:
         LoopError: with the first thing that will not work.
     """
+    pair = {"instruct": wanted.instruct, "thinking": wanted.thinking}
     folders = {role: checks.described_checkpoint(checkpoint, role) for role, checkpoint in pair.items()}
     checks.check_described(folders["instruct"], folders["thinking"])
+    prompts = wanted.prompts
     count = len(checks.checked_prompts(prompts[0])) if prompts and is_source(prompts[0]) else None
-    named = name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(folder).resolve().name).lstrip("-._") or "own"
-    wanted = Wanted(folder, pair["instruct"], pair["thinking"], named, prompts, tasks, include_path, count, vram)
-    return write(wanted, folders, card or at_hand())
+    after = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(wanted.folder).resolve().name).lstrip("-._")
+    return write(replace(wanted, name=wanted.name or after or "own", count=count), folders, card or at_hand())
 
 
 def write(wanted: Wanted, folders: Mapping[str, Path], card: Card) -> Written:

@@ -60,16 +60,16 @@ def command(
     from harness.config import local_or_hub
     from harness.errors import LoopError
 
-    pair = {"instruct": local_or_hub(instruct, Path.cwd()), "thinking": local_or_hub(thinking, Path.cwd())}
-    written = own.prepared(
-        pair,
-        card.of_size(vram) if vram else None,
+    wanted = own.Wanted(
         folder=str(folder),
+        instruct=local_or_hub(instruct, Path.cwd()),
+        thinking=local_or_hub(thinking, Path.cwd()),
         prompts=listed(prompts) if prompts else None,
         tasks=listed(tasks) if tasks else None,
         include_path=include_path.resolve() if include_path else None,
         vram=vram,
     )
+    written = own.prepared(wanted, card.of_size(vram) if vram else None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if there := [name for name in written.texts if (folder / name).exists()]:

@@ -170,8 +170,16 @@ def asked_for(
         from harness import own
 
         if not own.is_embedded(pair):
-            asked = {key: found.get(key) for key in ("prompts", "tasks", "include_path", "name")}
-            written = own.prepared(pair, card, Path(pair["instruct"]).name, **asked)
+            wanted = own.Wanted(
+                folder=Path(pair["instruct"]).name,
+                instruct=pair["instruct"],
+                thinking=pair["thinking"],
+                name=found.get("name"),
+                prompts=found.get("prompts"),
+                tasks=found.get("tasks"),
+                include_path=found.get("include_path"),
+            )
+            written = own.prepared(wanted, card)
             path = Path.cwd() / "ts-loop init" / "loop.yml"  # nothing lies there
             texts = {path.parent / name: text for name, text in written.texts.items()}
             said = ["no --config: recipes are made for this pair, as `ts-loop init FOLDER …` would write them to edit"]
