@@ -126,16 +126,20 @@ def _csv(name: str, content: bytes) -> Rows:
         ) from error
 
 
+def _columns(name: str, names: list[str]) -> list[str]:
+    """Those of a table's columns that are read; `ValueError` if none of them holds prompts."""
+    if not {"messages", *KEYS} & set(names):
+        raise ValueError(f"{name}: has no column of prompts (it has {', '.join(names)}); {_COLUMN}")
+    return [column for column in names if column in ("id", "messages", *KEYS)]
+
+
 def _parquet(path: Path) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        columns = [column for column in file.schema_arrow.names if column in ("id", "messages", *KEYS)]
-        if not {"messages", *KEYS} & set(columns):
-            has = ", ".join(file.schema_arrow.names)
-            raise ValueError(f"{path}: has no column of prompts (it has {has}); {_COLUMN}")
+        columns = _columns(str(path), file.schema_arrow.names)
         number = 0
         for batch in file.iter_batches(columns=columns):
             for row in batch.to_pylist():
@@ -161,9 +165,7 @@ def _hub(name: str) -> Rows:
             f"{name}: the hub gave no split `train` of it ({why}); check the name (owner/name, owner/name:config), "
             "the network and HF_TOKEN, or name a file"
         ) from error
-    columns = [column for column in rows.column_names if column in ("id", "messages", *KEYS)]
-    if not {"messages", *KEYS} & set(columns):
-        raise ValueError(f"{name}: has no column of prompts (it has {', '.join(rows.column_names)}); {_COLUMN}")
+    columns = _columns(name, rows.column_names)
     yield from enumerate(rows.select_columns(columns), start=1)
 
 
