@@ -12,21 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from card_or_cpu import ON_A_CARD
+from qwen3 import QWEN3_4B
 
 sys.path.append(str(Path(__file__).parent.parent / "harness"))  # `small`, the loop made short
-
-QWEN3_4B = {
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 40960,
-    "rope_theta": 5000000,
-}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,7 +45,8 @@ def random_weights(like: Path, folder: Path) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     layers = QWEN3_4B["num_hidden_layers"] if ON_A_CARD else 2
-    config = Qwen3Config(**{**QWEN3_4B, "num_hidden_layers": layers}, dtype="bfloat16", eos_token_id=2, pad_token_id=0)
+    shape = {**QWEN3_4B, "num_hidden_layers": layers, "max_position_embeddings": 40960, "rope_theta": 5000000}
+    config = Qwen3Config(**shape, eos_token_id=2, pad_token_id=0)
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")

@@ -12,23 +12,13 @@ import pytest
 import torch
 import yaml
 from card_or_cpu import DEVICE, ON_A_CARD
+from qwen3 import ON_A_CPU
 
 from harness.costs.shape import read_shape
 from harness.runner import LocalRunner
 
 GIB = 2**30
 SEQUENCE = 4096 if ON_A_CARD else 256
-# What a CPU cannot do, and nothing else.
-ON_A_CPU = {
-    "bf16": False,
-    "tf32": False,
-    "optimizer": "adamw_torch",
-    "liger_fused_linear_cross_entropy": False,
-    "liger_rms_norm": False,
-    "lora_mlp_kernel": False,
-    "lora_qkv_kernel": False,
-    "lora_o_kernel": False,
-}
 
 
 @pytest.fixture(scope="module")

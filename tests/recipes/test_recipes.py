@@ -17,6 +17,7 @@ import lm_eval
 import pytest
 import torch
 import yaml
+from qwen3 import ON_A_CPU, QWEN3_4B
 from safetensors.torch import load_file
 
 from harness.runner import LocalRunner, ToolError
@@ -151,30 +152,9 @@ def test_think_at_hard_alone(checkout: Path, native: Native) -> None:
     assert "exact_match" in said
 
 
-QWEN3_4B = {  # the layer shapes of Qwen/Qwen3-4B, two layers of its 36
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "num_hidden_layers": 2,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 4096,
-    "rope_theta": 5000000,
-}
+# The layer shapes of Qwen/Qwen3-4B, two layers of its 36.
+TWO_LAYERS = {**QWEN3_4B, "num_hidden_layers": 2, "max_position_embeddings": 4096, "rope_theta": 5000000}
 A_GPU = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_86"}
-# What a CPU cannot do, and nothing else: no bf16 or tf32 kernels, no Triton, no paged optimizer.
-ON_A_CPU = {
-    "bf16": False,
-    "tf32": False,
-    "optimizer": "adamw_torch",
-    "liger_fused_linear_cross_entropy": False,
-    "liger_rms_norm": False,
-    "lora_mlp_kernel": False,
-    "lora_qkv_kernel": False,
-    "lora_o_kernel": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +165,7 @@ def shapes_of_4b(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("qwen3_4b")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(recipes / "mini" / "instruct" / name, folder)
-    Qwen3Config(**QWEN3_4B, dtype="bfloat16").save_pretrained(folder)
+    Qwen3Config(**TWO_LAYERS).save_pretrained(folder)
     return folder
 
 
