@@ -32,7 +32,7 @@ LONGEST = 32_768  # tokens of an answer where nothing says more or less
 LEAST = 256  # tokens: what a generation config says below that is a library's default, and nobody's answer
 OVERHEAD = 0.9e9  # a CUDA context, the allocator's gaps, activations of one token
 AT_ONCE = 64  # answers or rows, at most: a batch goes on until its longest one ends
-SMALL = 100e6  # parameters, up to which two stages side by side do no harm on a CPU
+SMALL = 100e6  # parameters, up to which two stages side by side, or weights twice, do no harm on a CPU
 PROMPTS, TASKS = ["aime_prompts15", "pubmedqa_prompts15"], ["aime26", "pubmedqa30"]
 SPARE = 0.9  # of the room, that several answers at once may fill
 TIGHT = 12e9  # bytes of a card, below which the loss's own memory counts
@@ -188,6 +188,7 @@ def write(wanted: Wanted, folders: Mapping[str, Path], card: Card) -> Written:
         "liger": card.gpu and has_liger(folders["instruct"]),
         "rollouts": rollouts,
         "together": beside,
+        "unpack": not card.gpu and shape.parameters < SMALL,
         "trace_tokens": how["thinking"].tokens,
         "answer_tokens": min(1024, beside.sequence // 4),
         "on": f" --vram {wanted.vram:g}" if wanted.vram else "",

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from harness.costs.aside import answer_all
-from harness.costs.fake import SMALL, Peak, held, model_of
+from harness.costs.fake import SMALL, PackedLinear, Peak, held, model_of
 from harness.costs.footprint import DEPTHS, Footprint, Question, extrapolated, text_config
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
 from thinkswitch_plugin.on_policy_kl.args import read_block as read_on_policy
@@ -110,9 +110,10 @@ def on_policy(question: Question, layers: int) -> Footprint:
     small, (weights, trained) = ragged(peak, student), held(*models)
     reading = answering = 0
     if not config.server:
-        reading = peak.of(lambda: _read_prompts(student, written, question.prompt), *models)
+        copies = unpacked_bytes(student) if config.unpack_rollouts else 0
+        reading = copies + peak.of(lambda: _read_prompts(student, written, question.prompt), *models)
         cache = written * (question.prompt + question.answer) * cache_bytes(question.student, dtype_of(recipe))
-        answering = weights + cache * (layers + AT_WORK + heads_ratio(question.student))
+        answering = weights + copies + cache * (layers + AT_WORK + heads_ratio(question.student))
     return Footprint(weights, states_of(recipe, trained), trained, small, step, loss, reading, answering)
 
 
@@ -168,6 +169,12 @@ def cache_bytes(config: Mapping[str, Any], dtype: torch.dtype) -> int:
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return 2 * int(heads) * int(width) * dtype.itemsize
+
+
+def unpacked_bytes(model: nn.Module) -> int:
+    """Of all layers in NF4, in the dtype they compute in."""
+    layers = (layer for layer in model.modules() if isinstance(layer, PackedLinear))
+    return sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
 
 
 def heads_ratio(config: Mapping[str, Any]) -> int:

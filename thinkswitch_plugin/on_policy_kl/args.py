@@ -64,6 +64,11 @@ class OnPolicyKLConfig(BaseModel):
         ge=1,
         description="Answers written at once; all of a step's, if their key-value cache fits the memory.",
     )
+    unpack_rollouts: bool = Field(
+        default=False,
+        description="While the student answers, hold its layers in NF4 unpacked too: the same answers, faster, for "
+        "their whole size in memory.",
+    )
     update_batch_size: int | None = Field(
         default=None,
         ge=1,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import requests
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -102,16 +103,54 @@ def answering(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+class Unpacked(nn.Linear):
+    """A layer in NF4 as its product sees it: the weights unpacked, once for many tokens, in the dtype it computes in."""
+
+    def __init__(self, packed: Linear4bit):
+        """Unpack [out · in / 2] bytes into [out, in]; the bias is shared."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = packed.in_features, packed.out_features, packed.bias
+        weight = dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+        self.weight = nn.Parameter(weight.to(packed.compute_dtype or weight.dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] to [..., out], in x's dtype, as bitsandbytes casts."""
+        bias = self.bias if self.bias is None else self.bias.to(self.weight.dtype)
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """A model whose layers in NF4 lie there unpacked, to decode faster; afterwards as it was. The same policy.
+
+    In NF4 each token of an answer unpacks every layer anew, unless one row alone is answered on a GPU.
+    """
+    packed = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, Linear4bit)
+    ]
+    try:
+        for parent, name, layer in packed:
+            setattr(parent, name, Unpacked(layer))
+        yield
+    finally:
+        for parent, name, layer in packed:
+            setattr(parent, name, layer)
+
+
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     """A float32 LoRA student on a CPU with its adapter added to the weights, to decode faster; afterwards as it was.
 
     The same policy up to float32's rounding. Weights in less are left alone: rounded to bfloat16 or NF4, the sum would
-    be another policy's. So are an accelerator's: for a while there are two copies of the layers.
+    be another policy's. So are an accelerator's: for a while there are two copies of the layers. What was `unpacked`
+    for the while is added to in place.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     fits = all(
-        type(layer) is lora.Linear
+        type(layer) in (lora.Linear, lora.Linear4bit)
         and (layer.weight.dtype, layer.weight.device.type) == (torch.float32, "cpu")
         and not (layer.lora_variant or layer.merged or layer.disable_adapters)
         for layer in layers
@@ -120,7 +159,10 @@ def merged(model: nn.Module) -> Iterator[None]:
     try:
         for layer, weight in zip(layers, own, strict=False):
             delta: Callable[[str], Tensor] = layer.get_delta_weight  # type: ignore[assignment]
-            layer.weight.data = sum(map(delta, layer.active_adapters), start=weight)
+            if not isinstance(layer.get_base_layer(), Unpacked):
+                layer.weight.data = weight.clone()
+            for adapter in layer.active_adapters:
+                layer.weight.data += delta(adapter)
             layer.merged_adapters.extend(layer.active_adapters)
         yield
     finally:

@@ -42,6 +42,7 @@ from thinkswitch_plugin.on_policy_kl.rollouts import (
     merged,
     sample,
     sequences,
+    unpacked,
 )
 from thinkswitch_plugin.on_policy_kl.scoring import Teacher, answer_states, head_weight
 from thinkswitch_plugin.on_policy_kl.view import show
@@ -191,7 +192,8 @@ class OnPolicyKLTrainer(AxolotlTrainer):
                 for prompts in parts:
                     rollouts += from_server(prompts, self.opd, self.ends, self.tokenizer)
             else:
-                with answering(student), merged(student):
+                whole = unpacked(student) if self.opd.unpack_rollouts else nullcontext()
+                with answering(student), whole, merged(student):
                     for prompts in parts:
                         rollouts += sample(student, prompts, self.opd, self.ends, self.pad)
         theirs = [context for _, context in asked for _ in range(self.opd.rollouts_per_prompt)]

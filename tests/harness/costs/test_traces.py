@@ -97,6 +97,17 @@ def test_layers_are_alike(recipes: Path, config: dict, name: str):
     assert two.weights < two.step < four.step
 
 
+def test_answers_of_unpacked_layers_hold_these_too(recipes: Path, config: dict):
+    recipe = read_yaml(recipes / "on_policy_kl.yml")
+    packed = {**recipe, "on_policy_kl": {**recipe["on_policy_kl"], "unpack_rollouts": False}}
+    asked = [Question(it, config, config, rows=2, prompt=6, answer=4, context=9, gpu=False) for it in (packed, recipe)]
+    few, more = (traced(question, 2) for question in asked)
+    linear = Peak().made(lambda: model_of(config, 2, torch.float32, False)).model.layers
+    whole = sum(4 * m.weight.numel() for m in linear.modules() if isinstance(m, torch.nn.Linear))
+    assert (more.answering - few.answering, more.reading - few.reading) == (whole, whole)
+    assert (more.step, more.loss, more.weights) == (few.step, few.loss, few.weights)
+
+
 def test_checkpoints_of_layers_hold_less_than_activations(recipes: Path, config: dict):
     recipe = read_yaml(recipes / "instruct_distill.yml")
     rows = {"rows": 16, "prompt": 20, "answer": 12, "gpu": False}

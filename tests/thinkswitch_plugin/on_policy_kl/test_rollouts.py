@@ -7,16 +7,30 @@ import json
 import math
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
+from transformers import AutoModelForCausalLM
 
+from thinkswitch_plugin.nf4 import nf4
 from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
-from thinkswitch_plugin.on_policy_kl.rollouts import end_tokens, from_server, left_padded, merged, sample, sequences
+from thinkswitch_plugin.on_policy_kl.rollouts import (
+    Unpacked,
+    answering,
+    end_tokens,
+    from_server,
+    left_padded,
+    merged,
+    sample,
+    sequences,
+    unpacked,
+)
 
 
 def prompt(tokenizer: Any, question: str) -> list[int]:
@@ -69,6 +83,28 @@ def test_a_student_that_cannot_be_merged_whole_comes_back_too(pair: Any) -> None
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == own  # where the optimizer knows them
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module.merged for module in model.modules() if isinstance(module, lora.Linear))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unpacked_student_is_the_same_policy_and_comes_back_packed(
+    recipes: Path, tokenizer: Any, dtype: torch.dtype
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(recipes / "mini/instruct", quantization_config=nf4(dtype), dtype=dtype)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.tensor([prompt(tokenizer, "Compute 24+26.")] * 2)
+    with torch.no_grad(), answering(model):
+        expected = model(ids).logits
+        with unpacked(model):
+            assert not any(isinstance(layer, Linear4bit) for layer in model.modules())
+            assert torch.equal(model(ids).logits, expected)
+            with merged(model):
+                exact = dtype == torch.float32
+                assert any(layer.merged for layer in model.modules() if isinstance(layer, lora.Linear4bit)) == exact
+                torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4 if exact else 0)
+        assert torch.equal(model(ids).logits, expected)
+    assert not any(isinstance(layer, Unpacked) for layer in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"use_dora": True}])
