@@ -104,13 +104,14 @@ def answering(model: nn.Module) -> Iterator[None]:
 
 
 class Unpacked(nn.Linear):
-    """A layer in NF4 as its product sees it: the weights unpacked, once for many tokens, in the dtype it computes in."""
+    """A layer in NF4 as its product sees it: its weights unpacked, once for many tokens, in what it computes in."""
 
     def __init__(self, packed: Linear4bit):
         """Unpack [out · in / 2] bytes into [out, in]; the bias is shared."""
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = packed.in_features, packed.out_features, packed.bias
-        weight = dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+        held: Any = packed.weight
+        weight = dequantize_4bit(held.data, held.quant_state)
         self.weight = nn.Parameter(weight.to(packed.compute_dtype or weight.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
