@@ -294,19 +294,19 @@ def checked_prompts(source: str | Path) -> list[dict[str, Any]]:
         raise LoopError(f"--prompts {error}") from None
 
 
-def check_tasks(prompts: Sequence[Task], tests: Sequence[Task]) -> None:
-    """Tasks whose answers are written, and prompts that are conversations.
+def check_tasks(prompts: Sequence[Task], tests: Sequence[Task], validated: Sequence[Task] = ()) -> None:
+    """Tasks whose answers are written, prompts that are conversations, and none that t is chosen by among the tests.
 
     Raises:
         LoopError: naming the first that is something else.
     """
-    for task in [*prompts, *tests]:
+    for task in [*prompts, *tests, *validated]:
         if task.output_type != "generate_until":
             raise LoopError(
                 f"task {task.name} is {task.output_type}: it compares likelihoods of given texts, before which no "
                 "checkpoint gets to think\nname one that lets the checkpoint write (output_type: generate_until)"
             )
-    for task in tests:
+    for task in [*tests, *validated]:
         if task.conversations and task.grades_traces:
             raise LoopError(f"task {task.name} asks training prompts, which have no right answers; do not score it")
     for task in prompts:
@@ -315,6 +315,11 @@ def check_tasks(prompts: Sequence[Task], tests: Sequence[Task]) -> None:
                 f"task {task.name} asks no prompts that can be learnt from: its rows have no messages"
                 "\nput your prompts into a file (.jsonl, .csv, .parquet) and name that, or see tasks/README.md"
             )
+    if scored := [task.name for task in validated if task.name in {test.name for test in tests}]:
+        raise LoopError(
+            f"validate: {', '.join(scored)} is scored, too: t would be chosen by the test; name a task that is not in "
+            "tasks:"
+        )
 
 
 def check_processes(recipe: Mapping[str, Any], launcher: str) -> None:

@@ -7,6 +7,7 @@ recipe.
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 import shlex
@@ -58,7 +59,9 @@ class LoopConfig(BaseModel):
     """One run of the ThinkSwitch loop (arXiv 2606.01080).
 
     `t` is the slerp weight of the distilled instruct checkpoint in the reconstructed thinking one: 0 keeps the anchor
-    as it is, 1 is the instruct checkpoint; left out, it is what the reconstruct recipe says. `anchor` is the thinking
+    as it is, 1 is the instruct checkpoint; left out, it is what the reconstruct recipe says; `auto` tries several in
+    each iteration and goes on with the largest that answers the training prompts as the anchor does, or, where
+    `validate` names tasks that are no tests, with the best on those. `anchor` is the thinking
     checkpoint it is interpolated with: `original` (the one the run began with) or `previous` (the one reconstructed an
     iteration ago). `distill` says what the instruct checkpoint learns from: the thinking one's `answers`, or,
     `on-policy`, its judgement of the instruct one's own. With 0 `iterations` the pair is evaluated as it came. `nf4`
@@ -71,7 +74,7 @@ class LoopConfig(BaseModel):
     runs a recipe (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", validate_by_name=True)
 
     name: str = Field(default="loop", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     instruct: str
@@ -80,7 +83,8 @@ class LoopConfig(BaseModel):
     tasks: list[str] = Field(min_length=1)
     include_path: Path | None = None
     iterations: int = Field(default=3, ge=0)
-    t: float | None = Field(default=None, ge=0.0, le=1.0)
+    t: float | Literal["auto"] | None = None
+    validate_by: list[str] = Field(default_factory=list, alias="validate")
     anchor: Literal["original", "previous"] = "original"
     distill: Literal["answers", "on-policy"] = "answers"
     arms: list[Literal["thinkswitch", "on_policy", "merge_only", "gold", "untouched"]] = Field(default_factory=list)
@@ -95,6 +99,19 @@ class LoopConfig(BaseModel):
     python: dict[Literal["generate", "evaluate", "evaluate_thinking"], Path] = Field(default_factory=dict)
     recipes: Recipes
     written_pair: tuple[str, str] | None = Field(default=None, exclude=True)  # instruct, thinking as loop.yml has them
+
+    @field_validator("t", mode="plain")
+    @classmethod
+    def _known_t(cls, value: Any) -> Any:
+        if value is None or value == "auto":
+            return value
+        try:
+            t = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            t = math.nan
+        if not 0 <= t <= 1:
+            raise ValueError("must be from 0 (thinking) to 1 (instruct), or auto")
+        return t
 
     @field_validator("launcher")
     @classmethod
@@ -206,6 +223,8 @@ def load(
         raise LoopError(f"{source}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})") from None
     if len(config.prompts) > 1 and any(map(is_source, config.prompts)):
         raise LoopError(f"{path}: prompts: name either one file or hub data set, or lm-eval tasks, not both")
+    if config.t == "auto" and not config.iterations:
+        raise LoopError("--t auto: with 0 iterations nothing is rebuilt; leave --t (and t:) out, or ask for --iters 1")
     if config.arms and config.distill != "answers":
         raise LoopError("--arms and --distill: arms say what is learnt from; leave --distill out")
     if "gold" in config.arms and not config.gold:

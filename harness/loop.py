@@ -25,7 +25,7 @@ from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
 from harness.runner import Runner, Usage, devices, has_bf16, start
-from harness.stages import RECIPE, External, Keys, Output, Recipe, Stage, dump, placed
+from harness.stages import RECIPE, External, Keys, Output, Recipe, Stage, choose, dump, placed, reconstruct
 from harness.store import Known, Store, is_checkpoint, loaded, stamp
 from harness.view import View
 
@@ -90,7 +90,7 @@ class Run:
 def versions(tools: tuple[str, ...]) -> dict[str, str]:
     """The versions of tools, and digests of our own code among them; one that is not installed is left out."""
     import thinkswitch_plugin
-    from harness import asking, grading
+    from harness import asking, choosing, grading
 
     found = {}
     for name in tools:
@@ -100,7 +100,8 @@ def versions(tools: tuple[str, ...]) -> dict[str, str]:
             continue
     plugins = [path for path in below(Path(str(thinkswitch_plugin.__file__)).parent) if path.suffix == ".py"]
     graders = [Path(str(module.__file__)) for module in (asking, grading)]
-    return {**found, "thinkswitch_plugin": code_of(plugins), "grading": code_of(graders)}
+    ours = {"grading": code_of(graders), "choosing": code_of([Path(str(choosing.__file__))])}
+    return {**found, "thinkswitch_plugin": code_of(plugins), **ours}
 
 
 def code_of(files: Sequence[Path]) -> str:
@@ -130,13 +131,14 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
         externals = {role: identified(path, on_hub[role], known) for role, path in pair.items()}
     finally:
         known.save()  # however this ends: 8 GB are not read twice
-    asked = [*config.prompt_tasks, *config.tasks]
+    validated = config.validate_by if config.t == "auto" else []
+    asked = [*config.prompt_tasks, *config.tasks, *validated]
     found = tasks.find(asked, config.include_path, store.root / ".tasks.json")
-    prompt_tasks, test_tasks = (
+    prompt_tasks, test_tasks, validate_tasks = (
         list(dict.fromkeys(task for name in names for task in found[name]))
-        for names in (config.prompt_tasks, config.tasks)
+        for names in (config.prompt_tasks, config.tasks, validated)
     )
-    checks.check_tasks(prompt_tasks, test_tasks)
+    checks.check_tasks(prompt_tasks, test_tasks, validate_tasks)
 
     def identify(key: str, text: str) -> str | None:
         path = Path(text)
@@ -162,6 +164,7 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
         identify,
         interpreters_of(config, recipes),
         External(str(config.gold), known.path(config.gold)) if config.gold and "gold" in config.arms else None,
+        validate_tasks,
     )
     total = max(config.iterations, *(step["iteration"] for step in noted.get("steps", [])), 0)
     steps = plan(with_earlier(config, noted.get("steps", []), recipes, inputs.gold), inputs, total)
@@ -494,9 +497,22 @@ class Published:
 
     def rows_of(self, step: Step, record: dict[str, Any]) -> list[outcomes.Row]:
         """The rows of one step: summed up from its outcomes, with what its stage says of each task."""
-        where = {"arm": step.arm, "seed": step.seed, "iteration": step.iteration, "checkpoint": step.checkpoint}
+        where: outcomes.Row = {"arm": step.arm, "seed": step.seed, "iteration": step.iteration}
+        where["checkpoint"] = step.checkpoint
+        if (t := self.t_of(step)) is not None:
+            where["t"] = t
         more = record["facts"].get("per_task", {})
         return [{**where, **row, **more.get(row["task"], {})} for row in outcomes.summary(self.outcomes_of(step))]
+
+    def t_of(self, step: Step) -> float | None:
+        """The t at which the checkpoint that a step tests was rebuilt; None for one that was not, or has no one t."""
+        source = step.stage.inputs.get("checkpoint")
+        if isinstance(source, Output) and source.stage.kind is reconstruct.KIND:
+            return reconstruct.t_of(source.stage.recipes[RECIPE])
+        if isinstance(source, Output) and source.stage.kind is choose.KIND:
+            made = self.run.store.record(self.run.keys[source.stage])
+            return float(made["facts"]["t"]) if made else None
+        return None
 
     def outcomes_of(self, step: Step) -> list[outcomes.Outcome]:
         """One row a question, of one step that is done."""

@@ -7,6 +7,16 @@ The thinking checkpoint of iteration k-1 labels the prompts, the instruct checkp
 answers, and a thinking checkpoint is rebuilt between the anchor and the new instruct one (ThinkSwitch, arXiv
 2606.01080).
 
+With `t: auto` a thinking checkpoint is rebuilt at each t of `GRID`, each is tried, and `choose` says which one goes on:
+
+    iteration k   generate → distill → reconstruct_t0.1 … → answer_t0.1 … → choose → evaluate
+
+Each t answers some of the training prompts under another seed than the labels', as the anchor does (`answer_t0`), whose
+first answers are its labels; or, where the user names tasks to validate by, those (`validate_t0.1`). A rebuilding is
+the one that a run with that t would have, and a dial. All is planned before anything runs, so nothing is left out for
+what a smaller t came to: a bisection would ask four checkpoints instead of nine, but at a t that no key could name,
+which no other run could share.
+
 An *arm* is this with one stage put otherwise, so that a gain has something to be held against:
 
     thinkswitch   as above                                   on_policy     the teacher judges instruct's own answers
@@ -18,15 +28,32 @@ Arms and seeds share every stage that reads the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from harness.asking import Settings
 from harness.config import ARMS, LoopConfig
 from harness.interpreters import Interpreter
-from harness.stages import OWN, External, Output, Recipe, Stage, distill, evaluate, generate, placed, reconstruct, slot
+from harness.stages import (
+    OWN,
+    External,
+    Output,
+    Recipe,
+    Source,
+    Stage,
+    choose,
+    distill,
+    evaluate,
+    generate,
+    placed,
+    reconstruct,
+    slot,
+)
 from harness.tasks import Task
+
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # what `t: auto` tries
+PROMPTS = 200  # that each of them answers, at most, all tasks together: a point of a share is two of them
 
 
 class Step(NamedTuple):
@@ -70,6 +97,7 @@ class Inputs(NamedTuple):
         interpreters: whose lm-eval asks, by the name of the recipe; this environment's where there is none.
         identify: what a local file that a recipe names, under a key, is; None for what is none.
         gold: the user's right answers, for the arm that learns them.
+        validate_tasks: tasks by which t is chosen, in place of the training prompts.
     """
 
     recipes: Mapping[str, Recipe]
@@ -82,6 +110,7 @@ class Inputs(NamedTuple):
     identify: Callable[[str, str], str | None]
     interpreters: Mapping[str, Interpreter] = {}
     gold: External | None = None
+    validate_tasks: Sequence[Task] = ()
 
 
 def plan(config: LoopConfig, inputs: Inputs, iterations: int) -> list[Step]:
@@ -99,8 +128,14 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int, arm: str) -> Ite
     recipes, identify = inputs.recipes, inputs.identify
     settings = Settings(config.seed, config.nf4, config.limit, config.include_path)
     names = [task.name for task in inputs.prompt_tasks]
-    instruct: External | Output = inputs.instruct
-    thinking: External | Output = inputs.thinking
+    instruct: Source = inputs.instruct
+    thinking: Source = inputs.thinking
+    answered: list[tuple[Source, Stage]] = []  # which checkpoint's labels these are
+
+    def labels_of(checkpoint: Source) -> Stage:
+        asks = inputs.interpreters.get("generate")
+        stage = generate.build(recipes["generate"], settings, inputs.prompt_tasks, checkpoint, inputs.prompts, asks)
+        return pinned(stage, identify)
 
     def tests(k: int) -> Iterator[Step]:
         for who, checkpoint in (("instruct", instruct), ("thinking", thinking)):
@@ -115,11 +150,8 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int, arm: str) -> Ite
             if inputs.gold and arm == "gold":
                 labels: Stage | External = inputs.gold
             else:
-                asks = inputs.interpreters.get("generate")
-                labels = generate.build(
-                    recipes["generate"], settings, inputs.prompt_tasks, thinking, inputs.prompts, asks
-                )
-                labels = pinned(labels, identify)
+                labels = labels_of(thinking)
+                answered.append((thinking, labels))
                 yield Step(k, "generate", labels)
             recipe = recipes.get("on_policy", recipes["distill"]) if arm == "on_policy" else recipes["distill"]
             if arm == "untouched":
@@ -129,11 +161,65 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int, arm: str) -> Ite
             yield Step(k, "distill", learnt)
             instruct = Output(learnt, distill.CHECKPOINT)
         anchor = inputs.thinking if config.anchor == "original" else thinking
-        rebuilt = reconstruct.build(recipes["reconstruct"], config.t, anchor, instruct, config.written_pair)
-        rebuilt = pinned(rebuilt, identify)
-        yield Step(k, "reconstruct", rebuilt)
-        thinking = Output(rebuilt, reconstruct.CHECKPOINT)
+        if config.t != "auto":
+            rebuilt = reconstruct.build(recipes["reconstruct"], config.t, anchor, instruct, config.written_pair)
+            rebuilt = pinned(rebuilt, identify)
+            yield Step(k, "reconstruct", rebuilt)
+            thinking = Output(rebuilt, reconstruct.CHECKPOINT)
+        else:
+            first = next((stage for checkpoint, stage in answered if checkpoint is anchor), None)
+            if first is None and not inputs.validate_tasks:  # an arm that learns no labels
+                first = labels_of(anchor)
+                answered.append((anchor, first))
+                yield Step(k, "generate", first)
+            thinking = yield from _choice(config, inputs, k, anchor, instruct, first)
         yield from tests(k)
+
+
+def _choice(
+    config: LoopConfig, inputs: Inputs, k: int, anchor: Source, instruct: Source, first: Stage | None
+) -> Generator[Step, None, Source]:
+    """The steps that rebuild a thinking checkpoint at each t and choose one, which is returned.
+
+    Args:
+        config: of the run.
+        inputs: what it reads.
+        k: the iteration.
+        anchor: the thinking checkpoint that is interpolated with.
+        instruct: the distilled one.
+        first: the anchor's own labels, with which answers are compared; None where tasks are named to validate by.
+    """
+    recipes, by_score = inputs.recipes, inputs.validate_tasks
+    each = max(1, PROMPTS // max(1, len(inputs.prompt_tasks)))
+    few = each if config.limit is None else min(each, config.limit)
+    settings = Settings(config.seed, config.nf4, config.limit, config.include_path)
+    another = Settings(config.seed + 1, config.nf4, few, config.include_path)
+
+    def asked(checkpoint: Source) -> tuple[str, Stage]:
+        if not by_score:
+            asks = inputs.interpreters.get("generate")
+            every = (another, inputs.prompt_tasks, checkpoint, inputs.prompts, asks)
+            return "answer", generate.build(recipes["generate"], *every, labels=False)
+        name = "evaluate_thinking" if "evaluate_thinking" in recipes else "evaluate"
+        tah, asks = "thinking" in inputs.tah, inputs.interpreters.get(name)
+        return "validate", evaluate.build(recipes[name], settings, by_score, checkpoint, tah, asks)
+
+    tried: list[choose.Tried] = []
+    for t in (0.0, *GRID):
+        checkpoint = anchor
+        if t:
+            rebuilt = reconstruct.build(recipes["reconstruct"], t, anchor, instruct, config.written_pair, "auto")
+            rebuilt = pinned(rebuilt, inputs.identify)
+            yield Step(k, f"reconstruct_t{t:g}", rebuilt)
+            checkpoint = Output(rebuilt, reconstruct.CHECKPOINT)
+        name, answers = asked(checkpoint)
+        answers = pinned(answers, inputs.identify)
+        yield Step(k, f"{name}_t{t:g}", answers)
+        tried.append(choose.Tried(t, checkpoint, answers, evaluate.graded(answers) if by_score else ""))
+    names = [task.name for task in by_score or inputs.prompt_tasks]
+    choice = choose.build(tried, names, None if by_score else first)
+    yield Step(k, "choose", choice)
+    return Output(choice, choose.CHECKPOINT)
 
 
 def pinned(stage: Stage, identify: Callable[[str, str], str | None]) -> Stage:

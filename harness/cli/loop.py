@@ -37,8 +37,9 @@ PARAMETERS: list[click.Parameter] = [
     click.Option(["--include-path"], type=click.Path(path_type=Path), help="A folder with your own lm-eval tasks."),
     click.Option(
         ["--t"],
-        type=float,
-        help="Weight of instruct in the rebuilt thinking checkpoint, 0 to 1.  [default: the recipe's]",
+        metavar="NUMBER|auto",
+        help="Weight of instruct in the rebuilt thinking checkpoint, 0 to 1; `auto`: in each iteration the largest of "
+        "0.1 to 0.9 that answers the prompts as thinking did.  [default: the recipe's]",
     ),
     click.Option(
         ["--anchor"],

@@ -76,8 +76,12 @@ def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:
 
 def outcomes_of(folder: Path, stage: Stage, tokenizer: Path | None) -> list[outcomes.Outcome]:
     """One row a question."""
-    graded = folder / GRADED if any("harness.grading" in command for command in stage.commands) else None
-    return outcomes.read(folder / ANSWERS, tokenizer, graded)
+    return outcomes.read(folder / ANSWERS, tokenizer, folder / graded(stage) if graded(stage) else None)
+
+
+def graded(stage: Stage) -> str:
+    """The file inside its folder that holds grades of its answers; empty where lm-eval's own are taken."""
+    return GRADED if any("harness.grading" in command for command in stage.commands) else ""
 
 
 KIND = Kind(

@@ -1,4 +1,8 @@
-"""Generate: the thinking checkpoint answers the training prompts (lm-eval, predict-only). No gold answer is read."""
+"""Generate: the thinking checkpoint answers the training prompts (lm-eval, predict-only). No gold answer is read.
+
+Its answers are labels, without which there is nothing to learn; or, of a checkpoint that is only tried (`t: auto`),
+what it is chosen by, where none is an answer too.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ def build(
     thinking: Source,
     prompts: list[dict[str, Any]] | None,
     interpreter: Interpreter | None = None,
+    labels: bool = True,
 ) -> Stage:
     """The stage.
 
@@ -34,6 +39,7 @@ def build(
         thinking: the checkpoint that answers.
         prompts: the user's own, as `read_prompts` gives them, where the task is `prompts_file`.
         interpreter: whose lm-eval asks, if not this environment's.
+        labels: its answers are to be learnt from.
     """
     resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks], thinking, interpreter)
     resolved["predict_only"] = True
@@ -43,7 +49,7 @@ def build(
         files[PROMPTS] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prompts)
     commands = asking.commands_for(resolved, settings.nf4, interpreter)
     return Stage(
-        KIND,
+        KIND if labels else TRIAL,
         {RECIPE: resolved},
         tuple(commands),
         inputs,
@@ -62,13 +68,20 @@ def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:
     Raises:
         StageError: if the thinking checkpoint closed no trace at all.
     """
-    closed, total = outcomes.closed_share(folder / ANSWERS, stage.recipes[RECIPE]["tasks"])
+    facts = read_any(folder, stage, tokenizer)
+    closed, total = facts["labels"]["closed"], facts["labels"]["total"]
     if not closed:
         raise StageError(
             f"the thinking checkpoint closed 0 of {total} traces (0 %): there is nothing to distill\n"
             "give it more tokens (--set generate.gen_kwargs.max_gen_toks=…), lower --t, or see what it wrote in "
             f"{folder / ANSWERS}"
         )
+    return facts
+
+
+def read_any(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:
+    """As `read`, of a checkpoint that may close none."""
+    closed, total = outcomes.closed_share(folder / ANSWERS, stage.recipes[RECIPE]["tasks"])
     return {"labels": {"closed": closed, "total": total}, **outcomes.cut_off(folder / ANSWERS, stage, tokenizer)}
 
 
@@ -79,3 +92,4 @@ def note(facts: Facts) -> str:
 
 
 KIND = Kind("generate", "thinking answers the prompts", asking.TOOLS, asking.PHASES, read, note)
+TRIAL = Kind("answer", "a t is tried on the prompts", asking.TOOLS, asking.PHASES, read_any, note)

@@ -20,7 +20,12 @@ SHARD = "1B"
 
 
 def build(
-    recipe: Recipe, t: float | None, anchor: Source, instruct: Source, written: tuple[str, str] | None = None
+    recipe: Recipe,
+    t: float | None,
+    anchor: Source,
+    instruct: Source,
+    written: tuple[str, str] | None = None,
+    asked: str = "",
 ) -> Stage:
     """The stage.
 
@@ -32,6 +37,7 @@ def build(
         anchor: the thinking checkpoint that is interpolated with.
         instruct: the distilled checkpoint.
         written: the pair's names as the recipe may have them: instruct, thinking.
+        asked: how `t` was asked for, if not by its value.
 
     Raises:
         LoopError: if it cannot be told which models stand for the pair, the thinking side would lose its tokenizer, or
@@ -51,10 +57,22 @@ def build(
         whole = isinstance(own, int | float) and not _sets_t(further) and first == slot("anchor")
         if recipe.get("merge_method") not in HAS_T or not whole:
             what = "a t of its own for each part" if recipe.get("merge_method") in HAS_T else "no t"
-            raise LoopError(f"--t {t:g}: the reconstruct recipe has {what}; change it there, or leave --t (and t:) out")
+            named = asked or f"{t:g}"
+            raise LoopError(
+                f"--t {named}: the reconstruct recipe has {what}; change it there, or leave --t (and t:) out"
+            )
         resolved["parameters"] = {**(resolved.get("parameters") or {}), "t": t}
     command = ("mergekit-yaml", f"{OWN}/{RECIPE}", f"{OWN}/{CHECKPOINT}", "--out-shard-size", SHARD)
     return Stage(KIND, {RECIPE: resolved}, (command,), {"anchor": anchor, "instruct": instruct}, device="cpu")
+
+
+def t_of(recipe: Recipe) -> float | None:
+    """The one t of a resolved recipe; None where it has none, or one for each part."""
+    t = (recipe.get("parameters") or {}).get("t")
+    if recipe.get("merge_method") not in HAS_T or not isinstance(t, int | float):
+        return None
+    parts = _sets_t({key: value for key, value in recipe.items() if key != "parameters"})
+    return None if parts else float(t)
 
 
 def _sets_t(value: Any) -> bool:
