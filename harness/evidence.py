@@ -131,8 +131,13 @@ def _merged(rows: Sequence[Row]) -> Row:
         counts = [row[key] for row in rows]
         return None if None in counts else sum(counts)
 
-    summed = {key: total(key) for key in ("answers", "closed", "truncated", "trace_tokens", "answer_tokens")}
+    summed: dict[str, Any] = {
+        key: total(key) for key in ("answers", "closed", "truncated", "trace_tokens", "answer_tokens")
+    }
     by_seed = {row["seed"]: row["score"] for row in rows}
+    if all(row.get("pass_at") for row in rows):
+        summed["pass_at"] = {j: stats.mean([row["pass_at"][j] for row in rows]) for j in rows[0]["pass_at"]}
+        summed["majority"] = stats.mean([row["majority"] for row in rows])
     return {**rows[0], **summed, "score": stats.mean(list(by_seed.values())), "by_seed": by_seed}
 
 
@@ -245,6 +250,17 @@ def gains(rows: Sequence[Row]) -> list[Comparison]:
     return compare(sorted(sides, key=lambda side: (side[3].checkpoint, side[0])))
 
 
+def of_several(rows: Sequence[Row]) -> list[Row]:
+    """The questions that were asked k times, each as two: scored by pass@k, and by maj@k. One seed's are 0 or 1."""
+    found: list[Row] = []
+    for row in rows:
+        if passes := row.get("pass_at"):
+            k = max(passes, key=int)
+            found.append({**row, "task": f"{row['task']} pass@{k}", "score": passes[k]})
+            found.append({**row, "task": f"{row['task']} maj@{k}", "score": row["majority"]})
+    return found
+
+
 def first_arm(rows: Sequence[Row]) -> list[Row]:
     """The rows of the arm that each run is about, which is the first of its rows."""
     about: dict[str, str] = {}
@@ -318,7 +334,8 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
 
 def summed_up(rows: Iterable[Row]) -> dict[str, Any]:
     """One checkpoint's questions of one task as a row of `results.json`."""
-    (row,) = summary(Outcome(**{field.name: row[field.name] for field in fields(Outcome)}) for row in rows)
+    # What is not there an earlier version did not write.
+    (row,) = summary(Outcome(**{field.name: row.get(field.name) for field in fields(Outcome)}) for row in rows)  # type: ignore[arg-type]
     return row
 
 

@@ -1,12 +1,15 @@
-"""Grade an evaluation's answers again, on what follows their traces and each answer by itself.
+"""Grade an evaluation's answers again, on what follows their traces and each answer by itself, and read what each says.
 
     python -m harness.grading FOLDER --recipe recipe.yml --out graded.jsonl TASK …
 
 lm-eval hands a task the whole text: a task that is not ours compares "<think> … </think> 78" with "78", and of several
 answers to a question only the first counts. Here lm-eval's own task object, with its own filters and metrics, is given
 each answer without its trace; a text without one gets what lm-eval gave it, and so does a task that takes traces away
-itself. Knows lm-eval's task objects. Leaves to `outcomes` what a score means. Writes a line a question: `{"task",
-"doc_id", "metric", "scores": [one an answer]}`.
+itself. What an answer says, by which answers to one question agree or not, is what the task's filters leave of it; or
+what its grader's own `reads` does, a function of the answer without its trace (our tasks', see `tasks/answers.py`).
+
+Knows lm-eval's task objects. Leaves to `outcomes` what a score means and who wins a vote. Writes a line a question:
+`{"task", "doc_id", "metric", "scores": [one an answer], "said": [one an answer, null where it says nothing]}`.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from harness.asking import after_trace, asked_tasks, opened_trace, samples, text
 from harness.errors import LoopError
 from thinkswitch_plugin.trace_stripping import split_trace
 
+UNREAD = ("", "[invalid]")  # what lm-eval's filters leave where they find nothing
 EXAMPLE = """\
-a line a question is written: {"task": …, "doc_id": …, "metric": …, "scores": [one an answer]}
+a line a question is written: {"task": …, "doc_id": …, "metric": …, "scores": [one an answer], "said": [the same]}
 
 for example, after `lm_eval run --config recipe.yml` with `output_path: answers/results.json` and `log_samples: true`:
   python -m harness.grading answers --recipe recipe.yml --out graded.jsonl gsm8k
@@ -47,8 +51,11 @@ def grade(task: Any, name: str, rows: list[dict[str, Any]]) -> list[dict[str, An
 
     (filters, *_) = task._filters
     docs = asked(task, rows)
+    reads = getattr(task.config.process_results, "reads", None)
     written = [[graded_text(text, row) for text in texts(row, name)] for row in rows]
-    lines: list[dict[str, Any]] = [{"task": name, "doc_id": row["doc_id"], "metric": "", "scores": []} for row in rows]
+    lines: list[dict[str, Any]] = [
+        {"task": name, "doc_id": row["doc_id"], "metric": "", "scores": [], "said": []} for row in rows
+    ]
     for turn in range(max(map(len, written), default=0)):
         having = [i for i, answers in enumerate(written) if turn < len(answers)]
         # As often as the question was asked: a filter that takes the first k or a vote finds k that agree.
@@ -57,11 +64,22 @@ def grade(task: Any, name: str, rows: list[dict[str, Any]]) -> list[dict[str, An
         ]
         filters.apply(instances)
         for i, instance in zip(having, instances, strict=True):
-            metrics = task.process_results(copy.deepcopy(docs[i]), [instance.filtered_resps[filters.name]])
+            left = instance.filtered_resps[filters.name]
+            metrics = task.process_results(copy.deepcopy(docs[i]), [left])
             metric, value = next(iter(metrics.items()))
             lines[i]["metric"] = metric
             lines[i]["scores"].append(value.item() if hasattr(value, "item") else value)
+            answer = without_trace(texts(rows[i], name)[turn], rows[i])
+            lines[i]["said"].append(said(reads(answer) if reads else left))
     return lines
+
+
+def said(value: Any) -> str | None:
+    """What was read of an answer as a text that another's can be compared with; None where it says nothing."""
+    while isinstance(value, list | tuple) and value:  # a filter that takes the first k leaves k that are alike
+        value = value[0]
+    text = "" if value is None or isinstance(value, list | tuple) else str(value).strip()
+    return None if text in UNREAD else text
 
 
 def asked(task: Any, rows: list[dict[str, Any]]) -> list[Any]:
@@ -86,7 +104,12 @@ def hash_of(doc: Any) -> str:
 
 def graded_text(text: str, row: dict[str, Any]) -> str:
     """What a task is given of an answer: what follows the trace, or all of it if its rows speak of traces."""
-    return text if "trace_opened" in row["doc"] else after_trace(text, split_trace(text, opened_trace(row)))
+    return text if "trace_opened" in row["doc"] else without_trace(text, row)
+
+
+def without_trace(text: str, row: dict[str, Any]) -> str:
+    """What follows the trace; nothing where it never closed."""
+    return after_trace(text, split_trace(text, opened_trace(row)))
 
 
 def grade_all(folder: Path, recipe: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:

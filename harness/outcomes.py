@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.asking import after_trace, asked_tasks, opened_trace, samples, texts, token_budget
 from harness.errors import StageError
 from harness.stages import RECIPE, Stage
-from harness.stats import interval
+from harness.stats import interval, mean, pass_at
 from thinkswitch_plugin.trace_stripping import split_trace
 
 AGAIN = "remove its folder and run the same command again"
@@ -41,6 +42,9 @@ class Outcome:
         truncated: traces that never closed.
         trace_tokens: of the traces, by the checkpoint's own tokenizer; None where it has none to read.
         answer_tokens: of what follows them.
+        pass_at: where a question was asked k times: j → pass@j, in [0, 1], for j = 1, 2, 4, … and k, as texts; an
+            answer is right if its score is 1. None where it was asked once.
+        majority: maj@k: the score of what most of the k answers say; None where it was asked once.
     """
 
     task: str
@@ -51,6 +55,15 @@ class Outcome:
     truncated: int
     trace_tokens: int | None
     answer_tokens: int | None
+    pass_at: dict[str, float] | None = None
+    majority: float | None = None
+
+
+class Graded(NamedTuple):
+    """What `grading` found of the answers to one question, one each: scores in [0, 1], and what they say."""
+
+    scores: list[float]
+    said: list[str | None]
 
 
 def question(sample: Mapping[str, Any]) -> str:
@@ -120,22 +133,26 @@ def read(folder: Path, checkpoint: Path | None, graded: Path | None = None) -> l
     found = []
     for task, n in asked_tasks(folder).items():
         for sample in samples(folder, task, n):
-            scores = again[task].get(sample["doc_id"], []) if task in again else None
-            if scores is not None and len(scores) != len(texts(sample, task)):
+            grades = again[task].get(sample["doc_id"], Graded([], [])) if task in again else None
+            if grades is not None and {len(grades.scores), len(grades.said)} != {len(texts(sample, task))}:
                 raise StageError(f"{graded}: does not fit the answers of {task}; {AGAIN}")
-            found.append(outcome(task, sample, scores, count))
+            found.append(outcome(task, sample, grades, count))
     return found
 
 
-def outcome(task: str, sample: Mapping[str, Any], scores: list[float] | None, count: Counter | None) -> Outcome:
-    """One question's; `scores` are its answers', None where lm-eval's own score of the first one counts."""
+def outcome(task: str, sample: Mapping[str, Any], grades: Graded | None, count: Counter | None) -> Outcome:
+    """One question's; `grades` are its answers', None where lm-eval's own score of the first one counts."""
     opened = opened_trace(sample)
     answers = texts(sample, task)
     traces = [split_trace(text, opened) for text in answers]
-    if scores is None:
-        scores = [own_score(task, sample)] * len(answers)
+    unclosed = [trace.status == "unclosed" for trace in traces]
+    scores = grades.scores if grades else [own_score(task, sample)] * len(answers)
     # Whatever number unfinished reasoning holds.
-    scores = [0.0 if trace.status == "unclosed" else score for trace, score in zip(traces, scores, strict=True)]
+    scores = [0.0 if never else score for never, score in zip(unclosed, scores, strict=True)]
+    passes = agreed = None
+    if grades and len(answers) > 1:
+        passes = passes_at(scores)
+        agreed = majority(scores, [None if never else say for never, say in zip(unclosed, grades.said, strict=True)])
     whole = rest = None
     if count:
         whole = sum(map(count, answers))
@@ -146,10 +163,40 @@ def outcome(task: str, sample: Mapping[str, Any], scores: list[float] | None, co
         score=math.fsum(scores) / len(scores),
         answers=len(answers),
         closed=sum(trace.status == "closed" for trace in traces),
-        truncated=sum(trace.status == "unclosed" for trace in traces),
+        truncated=sum(unclosed),
         trace_tokens=None if whole is None or rest is None else max(0, whole - rest),
         answer_tokens=rest,
+        pass_at=passes,
+        majority=agreed,
     )
+
+
+def passes_at(scores: Sequence[float]) -> dict[str, float]:
+    """j → pass@j of the answers to one question, for j = 1, 2, 4, … and all of them; right is what scores 1."""
+    n, right = len(scores), sum(score == 1 for score in scores)
+    doubled = [2**power for power in range(n.bit_length()) if 2**power < n]
+    return {str(j): pass_at(n, right, j) for j in (*doubled, n)}
+
+
+def majority(scores: Sequence[float], said: Sequence[str | None]) -> float:
+    """The score of what most answers to one question say: self-consistency (Wang et al., arXiv 2203.11171).
+
+    Of several that as many say, the one that was the first to have so many: answers are drawn alike, so their order is
+    chance, and the result is one answer's score and no mean. An answer that says nothing (None) has no vote; where none
+    has one, it is 0.
+
+    Args:
+        scores: one an answer, in [0, 1].
+        said: what each says.
+    """
+    votes: Tally[str] = Tally()
+    ahead: str | None = None
+    for one in said:
+        if one is not None:
+            votes[one] += 1
+            if ahead is None or votes[one] > votes[ahead]:
+                ahead = one
+    return 0.0 if ahead is None else scores[list(said).index(ahead)]
 
 
 def own_score(task: str, sample: Mapping[str, Any]) -> float:
@@ -174,18 +221,18 @@ def checked_score(task: str, metric: str, value: Any) -> float:
     return float(value)
 
 
-def read_grades(file: Path) -> dict[str, dict[int, list[float]]]:
-    """The scores that `grading` left: by task and number of the question, one an answer.
+def read_grades(file: Path) -> dict[str, dict[int, Graded]]:
+    """What `grading` left, by task and number of the question.
 
     Raises:
         StageError: if the file is missing or not whole.
     """
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        grades: dict[str, dict[int, list[float]]] = {}
+        grades: dict[str, dict[int, Graded]] = {}
         for row in rows:
             scores = [checked_score(row["task"], row["metric"], score) for score in row["scores"]]
-            grades.setdefault(row["task"], {})[row["doc_id"]] = scores
+            grades.setdefault(row["task"], {})[row["doc_id"]] = Graded(scores, list(row["said"]))
         return grades
     except (OSError, ValueError, KeyError, TypeError):
         raise StageError(f"{file}: missing or not whole; {AGAIN}") from None
@@ -195,6 +242,8 @@ def summary(outcomes: Iterable[Outcome]) -> list[Row]:
     """The rows of `results.json` for one checkpoint of one iteration, one a task, without where they belong.
 
     `tokens_per_answer` counts the whole text the model wrote, trace included; `trace_tokens` of it are the trace's.
+    Where questions were asked k times, `accuracy` is avg@k, and `repeats` (k), `pass_at_k` and `maj_at_k` stand beside
+    it with their intervals over questions, and every pass@j in `pass_at`.
     """
     by_task: dict[str, list[Outcome]] = {}
     for one in outcomes:
@@ -218,9 +267,29 @@ def summary(outcomes: Iterable[Outcome]) -> list[Row]:
                 "trace_tokens": trace / answers if counted else None,
                 "closed_traces": sum(one.closed for one in mine) / answers,
                 "truncated": sum(one.truncated for one in mine) / answers,
+                **several(mine),
             }
         )
     return rows
+
+
+def several(outcomes: Sequence[Outcome]) -> Row:
+    """What a row says of one task's questions that were asked k times each; empty where they were asked once."""
+    passes = [one.pass_at for one in outcomes if one.pass_at]
+    votes = [one.majority for one in outcomes if one.majority is not None]
+    if not len(passes) == len(votes) == len(outcomes):
+        return {}
+    columns = {j: [each[j] for each in passes] for j in passes[0]}
+    found = {j: {"value": mean(shares), "ci95": list(interval(shares))} for j, shares in columns.items()}
+    k = max(found, key=int)
+    return {
+        "repeats": int(k),
+        "pass_at_k": found[k]["value"],
+        "pass_at_k_ci95": found[k]["ci95"],
+        "maj_at_k": mean(votes),
+        "maj_at_k_ci95": list(interval(votes)),
+        "pass_at": found,
+    }
 
 
 def token_counter(checkpoint: Path) -> Counter | None:

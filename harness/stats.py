@@ -113,6 +113,25 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Paired:
     return Paired(len(differences), gained, lost, float(p))
 
 
+def pass_at(answers: int, right: int, j: int) -> float:
+    """pass@j of one question: how likely one at least of j answers is right.
+
+    1 − C(n − c, j) / C(n, j), unbiased for j new answers (Chen et al., arXiv 2107.03374, eq. 1): j of the n that there
+    are, drawn without putting back. With j = n it is 0 or 1.
+
+    Args:
+        answers: n, to the question.
+        right: c of them, 0 to n.
+        j: 1 to n.
+
+    Raises:
+        ValueError: j, or c, is outside.
+    """
+    if not 1 <= j <= answers or not 0 <= right <= answers:
+        raise ValueError(f"pass@{j} of {right} right answers of {answers}: j is 1 to n, and c 0 to n")
+    return 1 - math.comb(answers - right, j) / math.comb(answers, j)
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """The p-values of several comparisons, corrected for there being several (Holm, Scand. J. Statist. 6, 1979)."""
     order = sorted(range(len(ps)), key=lambda index: ps[index])

@@ -53,6 +53,8 @@ class Task:
         repeats: answers to each question.
         grades_traces: whether its own grader looks at what follows the trace.
         conversations: whether its rows are conversations to be answered, as training prompts are.
+        do_sample: whether it says itself that answers are sampled; None where it leaves that open.
+        temperature: what it says of that; 0 where nothing.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Task:
     repeats: int
     grades_traces: bool
     conversations: bool
+    do_sample: bool | None = None
+    temperature: float = 0.0
 
 
 def find(names: Sequence[str], include_path: Path | None, cache: Path) -> dict[str, list[Task]]:
@@ -214,13 +218,21 @@ def _task(name: str, path: Path, definition: str) -> Task:
     from lm_eval import utils
 
     config = utils.load_yaml_config(str(path), mode="simple")
+    repeats = config.get("repeats", 1)
+    if type(repeats) is not int or repeats < 1:
+        raise LoopError(
+            f"{path}: repeats: {repeats!r}: write how often each question is asked, a whole number from 1 on"
+        )
+    sampling = config.get("generation_kwargs") or {}
     return Task(
         name=name,
         definition=definition,
         output_type=str(config.get("output_type", "generate_until")),
-        repeats=int(config.get("repeats", 1) or 1),
+        repeats=repeats,
         grades_traces=(_own_folder() / OURS) in path.resolve().parents,
         conversations="messages" in str(config.get("doc_to_text", "")),
+        do_sample=sampling.get("do_sample"),
+        temperature=float(sampling.get("temperature") or 0.0),
     )
 
 

@@ -6,6 +6,9 @@ where that is neither, to the task that asked for it.
 
 What follows the trace is all that is graded, and a trace that never closes is a wrong answer, whatever number the
 unfinished reasoning holds. A reader returns None where it finds no answer, or one it cannot read: never a guess.
+
+A grader says by its attribute `reads` what it reads of an answer without its trace: where a question is asked several
+times, answers that read the same agree (maj@k).
 """
 
 from __future__ import annotations
@@ -90,6 +93,18 @@ _SPACING = re.compile(
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\\[,!]|\{,\}|,\\!)\d{3})+(?![\d,])")
 _DROPPED = re.compile(r"\*\*|__|`|\\?\$|\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:circ|degree)(?![a-z])|°|\\?%")
 _DASHES = str.maketrans("−–‐‑", "----")
+
+
+def read_box(text: str) -> str | None:
+    r"""Read what the last `\boxed{}` with content holds, without markup and white space.
+
+    Args:
+        text: An answer without its trace.
+
+    Returns:
+        The content, or None where there is no box or it never closes.
+    """
+    return "".join(_plain(_last_box(text) or "").split()) or None
 
 
 def _last_box(text: str) -> str | None:
@@ -271,3 +286,7 @@ def read_decision(text: str) -> str | None:
         if decisions := pattern.findall(text):
             return decisions[-1]
     return None
+
+
+grade_integer.reads = read_integer
+grade_decision.reads = read_decision

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from harness import asking, outcomes
 from harness.asking import ANSWERS, NF4_COPY, Settings
 from harness.errors import LoopError
@@ -39,11 +41,12 @@ def build(
         interpreter: whose lm-eval asks, if not this environment's.
 
     Raises:
-        LoopError: if the recipe would have the answers not scored.
+        LoopError: if the recipe would have the answers not scored, or a question asked several times for one answer.
     """
     resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks], checkpoint, interpreter)
     if resolved.get("predict_only"):
         raise LoopError("evaluate: predict_only: lm-eval would not score the answers; remove it from the recipe")
+    check_repeats(resolved, tasks)
     if tah:
         resolved["model_args"]["trust_remote_code"] = True
     commands = asking.commands_for(resolved, settings.nf4, interpreter)
@@ -63,6 +66,32 @@ def build(
         wide=asking.is_wide(resolved),
         versions=interpreter.versions if interpreter else None,
     )
+
+
+def check_repeats(recipe: Recipe, tasks: Sequence[Task]) -> None:
+    """See that a question that is asked several times gets answers of its own each time.
+
+    Raises:
+        LoopError: they would be decoded greedily, or a server would be given the same seed for each.
+    """
+    said = recipe.get("gen_kwargs") or {}
+    if isinstance(said, str):
+        said = {key: yaml.safe_load(value) for key, _, value in (part.partition("=") for part in said.split(","))}
+    for task in (task for task in tasks if task.repeats > 1):
+        often = f"task {task.name} asks each question {task.repeats} times (repeats)"
+        # As lm-eval has it: without a temperature it is 0, which is greedy whatever else is said.
+        cold = said.get("temperature", task.temperature) in (None, 0)
+        if cold or said.get("do_sample", task.do_sample) is False:
+            raise LoopError(
+                f"{often}, and greedy decoding gives the same answer each time; sample, with --set "
+                "evaluate.gen_kwargs.do_sample=true and --set evaluate.gen_kwargs.temperature=…, or ask once"
+            )
+        # lm-eval sends a server its own seed with every question.
+        if recipe["model_args"].get("base_url") and said.get("seed", 0) is not None:
+            raise LoopError(
+                f"{often}, and lm-eval sends the server the same seed each time, which may answer the same: "
+                "--set evaluate.gen_kwargs.seed=null"
+            )
 
 
 def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:

@@ -52,6 +52,10 @@ def docs(rows):
 def agrees(doc, results):
     return {"exact_match": int(float(results[0]) == doc["answer"])}
 """
+AGREEING = [
+    ("mini_math", [r"\boxed{78}", "The answer is 78.", r"so $70+8=78$, \boxed{078}"], r"\boxed{79}", "no idea"),
+    ("mini_qa", ["yes", r"\boxed{Yes}", "The answer is yes."], "no", "unclear"),
+]
 QUESTIONS = [{"question": "70+8=", "answer": "78"}, {"question": "2+2=", "answer": "4"}]
 
 
@@ -104,9 +108,17 @@ class Evaluation:
         tracker.save_results_samples(task_name=self.name, samples=rows)
         return first
 
-    def scores(self) -> list[list[float]]:
+    def graded(self, what: str) -> list[Any]:
         """What grading makes of it."""
-        return [line["scores"] for line in grade_all(self.folder, self.recipe, [self.name])]
+        return [line[what] for line in grade_all(self.folder, self.recipe, [self.name])]
+
+    def scores(self) -> list[list[float]]:
+        """One an answer."""
+        return self.graded("scores")
+
+    def said(self) -> list[list[str | None]]:
+        """One an answer."""
+        return self.graded("said")
 
 
 @pytest.fixture
@@ -150,6 +162,7 @@ def test_filters_see_the_answer_alone(made: Callable[..., Evaluation]) -> None:
     own = mine.ask(r"<think>\boxed{1}? no</think>It is \boxed{78}.", r"<think>\boxed{4}</think>It is \boxed{5}.")
     assert own == [0, 1]
     assert mine.scores() == [[1], [0]]
+    assert mine.said() == [["78"], ["5"]]
 
 
 def test_every_repeat_is_graded(made: Callable[..., Evaluation]) -> None:
@@ -157,6 +170,34 @@ def test_every_repeat_is_graded(made: Callable[..., Evaluation]) -> None:
     own = mine.ask("<think></think>78", "77", "<think>a</think>78", "5", "4", "<think>4")
     assert own == [0, 0]  # of the first answer alone
     assert mine.scores() == [[1, 0, 1], [0, 1, 0]]
+    assert mine.said() == [["78", "77", "78"], ["5", "4", None]]  # the last trace never closed: nothing follows it
+
+
+def test_what_answers_say_is_what_the_task_s_filters_leave(made: Callable[..., Evaluation]) -> None:
+    mine = made(repeats=3, filter_list=[FILTERED])
+    mine.ask(r"So \boxed{78}.", r"<think>\boxed{1}?</think>\boxed{78}, I say.", "I do not know.", *[r"\boxed{4}"] * 3)
+    assert mine.scores() == [[1, 1, 0], [1, 1, 1]]
+    assert mine.said() == [["78", "78", None], ["4"] * 3]
+
+
+@pytest.mark.parametrize(("task", "right", "wrong", "unread"), AGREEING)
+def test_answers_to_our_own_tasks_agree_if_they_read_the_same(
+    repository: Path, tmp_path: Path, task: str, right: list[str], wrong: str, unread: str
+) -> None:
+    mine = Evaluation(tmp_path, repository / "tasks", task, {"trace_opened": False})
+    row = {
+        "doc_id": 0,
+        "doc": {"question": "?", "answer": "78" if task == "mini_math" else "yes", "trace_opened": False},
+        "doc_hash": "",
+        "arguments": {"gen_args_0": {"arg_0": ""}},
+        "resps": [[*right, f"<think>\\boxed{{1}}</think>{wrong}", unread]],
+    }
+    (line,) = grade(mine.task(), task, [row])
+    assert line["scores"] == [1] * len(right) + [0, 0]
+    first = line["said"][0]
+    assert line["said"][:-2] == [first] * len(right)
+    assert line["said"][-2] not in (first, None)
+    assert line["said"][-1] is None
 
 
 @pytest.mark.parametrize("vote", [{"function": "take_first_k", "k": 3}, {"function": "majority_vote"}])
@@ -225,8 +266,8 @@ def test_the_command_writes_what_outcomes_reads(
     monkeypatch.setattr(sys, "argv", words)
     main()
     assert [json.loads(line) for line in out.read_text().splitlines()] == [
-        {"task": "mine", "doc_id": 0, "metric": "exact_match", "scores": [1, 0]},
-        {"task": "mine", "doc_id": 1, "metric": "exact_match", "scores": [1, 0]},
+        {"task": "mine", "doc_id": 0, "metric": "exact_match", "scores": [1, 0], "said": ["78", "77"]},
+        {"task": "mine", "doc_id": 1, "metric": "exact_match", "scores": [1, 0], "said": ["4", None]},
     ]
     assert [one.score for one in read(mine.folder, None, out)] == [0.5, 0.5]
     assert not list(out.parent.glob("*.new"))
@@ -255,7 +296,7 @@ def test_a_score_that_json_does_not_know_is_said_when_it_is_read(
     mine.ask("78", "4")
     (mine.folder.parent / "recipe.yml").write_text(yaml.safe_dump(mine.recipe))
     monkeypatch.setattr(
-        grading, "grade_all", lambda *_: [{"task": "mine", "doc_id": 0, "metric": "f1", "scores": [1j]}]
+        grading, "grade_all", lambda *_: [{"task": "mine", "doc_id": 0, "metric": "f1", "scores": [1j], "said": ["4"]}]
     )
     words = ["--recipe", str(mine.folder.parent / "recipe.yml"), "--out", str(mine.folder.parent / "graded.jsonl")]
     monkeypatch.setattr(sys, "argv", ["grading", str(mine.folder), *words, "mine"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from hypothesis import strategies as st
 from logged import OPENED, lm_eval_output, sample
 
 from harness.errors import StageError
-from harness.outcomes import Outcome, closed_share, question, read, read_grades, summary, token_counter
+from harness.outcomes import (
+    Outcome,
+    closed_share,
+    majority,
+    passes_at,
+    question,
+    read,
+    read_grades,
+    summary,
+    token_counter,
+)
 
 
 def refused(error: pytest.ExceptionInfo[StageError], *parts: str) -> None:
@@ -22,8 +33,13 @@ def refused(error: pytest.ExceptionInfo[StageError], *parts: str) -> None:
     assert all(part in said for part in parts), said
 
 
-def graded(file: Path, *scores: list[Any], task: str = "mine") -> Path:
-    rows = [{"task": task, "doc_id": i, "metric": "exact_match", "scores": each} for i, each in enumerate(scores)]
+def graded(file: Path, *scores: list[Any], task: str = "mine", said: list[list[str | None]] | None = None) -> Path:
+    """What grading leaves; without `said` every answer says that it is right or wrong."""
+    says = said or [["right" if score else "wrong" for score in each] for each in scores]
+    rows = [
+        {"task": task, "doc_id": i, "metric": "exact_match", "scores": each, "said": say}
+        for i, (each, say) in enumerate(zip(scores, says, strict=True))
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -87,6 +103,69 @@ def test_every_answer_counts_and_not_the_first_alone(tmp_path: Path) -> None:
     assert (row["closed_traces"], row["truncated"]) == (0.8, 0.2)  # shares of answers
 
 
+def test_several_answers_are_passed_if_one_is_right_and_voted_on(tmp_path: Path) -> None:
+    """Of four answers: the vote of what never closed is lost, whatever it says."""
+    asked = [
+        sample("a</think>4", "b</think>4", "c</think>5", "never: 5", prompt=OPENED),  # 4 wins, 2 to 1
+        sample("a</think>5", "b</think>5", "c</think>4", "d</think>4", prompt=OPENED),  # 5 is the first to have two
+        sample("a</think>", "never", "b</think>", "c</think>", prompt=OPENED),  # nobody says anything
+    ]
+    lm_eval_output(tmp_path / "answers", mine=asked)
+    scores = [[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
+    said = [["4", "4", "5", "5"], ["5", "5", "4", "4"], [None, "4", None, None]]
+    found = read(tmp_path / "answers", None, graded(tmp_path / "graded.jsonl", *scores, said=said))
+    assert [one.majority for one in found] == [1, 0, 0]
+    assert found[0].pass_at == {"1": 0.5, "2": pytest.approx(1 - 1 / 6), "4": 1.0}
+    (row,) = summary(found)
+    assert (row["repeats"], row["accuracy"]) == (4, pytest.approx(1 / 3))
+    assert row["pass_at_k"] == row["pass_at"]["4"]["value"] == pytest.approx(2 / 3)
+    assert row["pass_at"]["1"]["value"] == row["accuracy"], "one answer passes as often as it is right"
+    assert row["maj_at_k"] == pytest.approx(1 / 3)
+    asked_once = summary(
+        [Outcome("mine", str(i), score, 1, 0, 0, None, None) for i, score in enumerate((1.0, 1.0, 0.0))]
+    )
+    assert row["pass_at_k_ci95"] == asked_once[0]["ci95"], "Wilson's, as of any three questions"
+    assert not {"repeats", "pass_at", "maj_at_k"} & asked_once[0].keys()
+
+
+def test_a_question_asked_once_is_neither_passed_nor_voted_on(tmp_path: Path) -> None:
+    lm_eval_output(tmp_path / "answers", mine=[sample("4")])
+    (one,) = read(tmp_path / "answers", None, graded(tmp_path / "graded.jsonl", [1]))
+    assert (one.pass_at, one.majority) == (None, None)
+
+
+ANSWERS = st.lists(st.tuples(st.sampled_from(["4", "5", "6", None]), st.booleans()), min_size=1, max_size=7)
+
+
+@given(ANSWERS)
+def test_pass_at_j_is_the_share_of_all_j_answers_of_which_one_is_right(answers: list[tuple[str | None, bool]]) -> None:
+    scores = [float(right) for _, right in answers]
+    found = passes_at(scores)
+    assert set(found) >= {"1", str(len(scores))}
+    for j, share in found.items():
+        drawn = list(itertools.combinations(scores, int(j)))
+        assert share == pytest.approx(sum(map(any, drawn)) / len(drawn), abs=1e-12)
+
+
+def test_only_a_whole_score_is_right() -> None:
+    assert passes_at([0.5, 0.5, 1.0])["1"] == pytest.approx(1 / 3)
+    assert list(passes_at([0.0] * 12)) == ["1", "2", "4", "8", "12"]
+
+
+@given(ANSWERS)
+def test_the_majority_is_found_by_counting_anew_after_every_answer(answers: list[tuple[str | None, bool]]) -> None:
+    said = [say for say, _ in answers]
+    scores = [float(say == "4") for say in said]
+    most = max((said.count(say) for say in said if say is not None), default=0)
+    expected = 0.0
+    for count in range(1, len(said) + 1):  # the first moment at which one has as many votes as anyone will ever have
+        so_far = [say for say in said[:count] if say is not None]
+        if winners := [say for say in so_far if so_far.count(say) == most]:
+            expected = float(winners[0] == "4")
+            break
+    assert majority(scores, said) == expected
+
+
 def test_grades_that_do_not_fit_the_answers(tmp_path: Path) -> None:
     lm_eval_output(tmp_path / "answers", mine=[sample("4"), sample("5")])
     for scores in ([[1]], [[1], [1, 1]]):
@@ -96,7 +175,9 @@ def test_grades_that_do_not_fit_the_answers(tmp_path: Path) -> None:
 
 
 def test_grades_that_are_missing_or_not_whole(tmp_path: Path) -> None:
-    for text in (None, '{"task": "mine", "doc_id"', "[]\n", '{"task": "mine"}\n'):
+    whole = {"task": "mine", "doc_id": 0, "metric": "exact_match", "scores": [1], "said": ["4"]}
+    without = [json.dumps({key: value for key, value in whole.items() if key != name}) + "\n" for name in whole]
+    for text in (None, '{"task": "mine", "doc_id"', "[]\n", *without):
         if text:
             (tmp_path / "graded.jsonl").write_text(text)
         with pytest.raises(StageError) as error:

@@ -699,7 +699,7 @@ def test_one_model_is_no_pair() -> None:
 
 
 def test_evaluate_asks_the_tests_and_grades_what_lm_eval_cannot() -> None:
-    tasks = [task("ours"), task("theirs", grades_traces=False), task("often", repeats=4)]
+    tasks = [task("ours"), task("theirs", grades_traces=False), task("often", repeats=4, temperature=0.7)]
     stage = evaluate.build(ASK, ASKED, tasks, INSTRUCT)
     assert stage.recipes["recipe.yml"]["tasks"] == ["ours", "theirs", "often"]
     assert "predict_only" not in stage.recipes["recipe.yml"]
@@ -709,6 +709,37 @@ def test_evaluate_asks_the_tests_and_grades_what_lm_eval_cannot() -> None:
     assert graded[:3] == ("python", "-m", "harness.grading")
     assert graded[-2:] == ("theirs", "often")
     assert graded[3:-2] == ("<<stage>>/answers", "--recipe", "<<stage>>/recipe.yml", "--out", "<<stage>>/graded.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("said", "of_task"),
+    [
+        (None, {}),
+        (None, {"do_sample": False, "temperature": 0.7}),
+        ({"max_gen_toks": 9}, {"do_sample": True}),  # lm-eval's temperature is 0 where nobody says one
+        ({"temperature": 0.0}, {"do_sample": True, "temperature": 0.7}),
+        ({"temperature": 0.7}, {"do_sample": False}),
+        ("do_sample=false,temperature=0.7", {"do_sample": True, "temperature": 0.7}),
+    ],
+)
+def test_a_question_is_not_asked_several_times_for_the_same_answer(said: Any, of_task: dict[str, Any]) -> None:
+    recipe = {**ASK, "gen_kwargs": said}
+    with pytest.raises(LoopError) as error:
+        evaluate.build(recipe, ASKED, [task("often", repeats=4, **of_task)], INSTRUCT)
+    assert "task often asks each question 4 times (repeats), and greedy decoding" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    evaluate.build(recipe, ASKED, [task("once", **of_task)], INSTRUCT)
+
+
+@pytest.mark.parametrize("said", [{"do_sample": True, "temperature": 0.7}, "do_sample=true,temperature=0.7"])
+def test_a_question_is_asked_several_times_of_who_samples(said: Any) -> None:
+    often = task("often", repeats=4, do_sample=False)
+    evaluate.build({**ASK, "gen_kwargs": said}, ASKED, [often], INSTRUCT)
+    served = {**ASK, "gen_kwargs": said, "model_args": {"base_url": "http://here"}}
+    with pytest.raises(LoopError, match=r"the server the same seed each time.*gen_kwargs\.seed=null"):
+        evaluate.build(served, ASKED, [often], INSTRUCT)
+    if isinstance(said, dict):
+        evaluate.build({**served, "gen_kwargs": {**said, "seed": None}}, ASKED, [often], INSTRUCT)
 
 
 def test_tasks_that_know_of_traces_are_not_graded_again() -> None:

@@ -20,6 +20,7 @@ from harness.stats import (
     least_gain,
     over_runs,
     paired,
+    pass_at,
     per_correct,
     power,
     ratio,
@@ -207,6 +208,33 @@ def test_the_bootstrap_covers_the_truth_of_100_questions() -> None:
         found = difference(before, after)
         covered += found.low <= 0.15 <= found.high
     assert covered / 200 >= 0.92
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_j_is_the_share_of_draws_with_a_right_answer(n: int) -> None:
+    for right, j in itertools.product(range(n + 1), range(1, n + 1)):
+        answers = [1.0] * right + [0.0] * (n - right)
+        drawn = list(itertools.combinations(answers, j))
+        assert pass_at(n, right, j) == pytest.approx(sum(map(any, drawn)) / len(drawn), abs=1e-12)
+    assert [pass_at(n, right, n) for right in range(n + 1)] == [0.0] + [1.0] * n, (
+        "exactly: it is tested as right or wrong"
+    )
+
+
+def test_pass_at_j_is_unbiased_where_counting_the_best_of_j_is_not() -> None:
+    """Chen et al., 2.1: 1 - (1 - c/n)^j would draw the same answer twice, and says too little."""
+    rng = chance.Random(5)
+    p, n, j = 0.2, 6, 3
+    truth = 1 - (1 - p) ** j
+    counts = [sum(rng.random() < p for _ in range(n)) for _ in range(20000)]
+    assert statistics.fmean(pass_at(n, c, j) for c in counts) == pytest.approx(truth, abs=0.008)
+    assert statistics.fmean(1 - (1 - c / n) ** j for c in counts) < truth - 0.03
+
+
+@pytest.mark.parametrize(("n", "right", "j"), [(4, 1, 0), (4, 1, 5), (4, 5, 1), (4, -1, 1), (0, 0, 1)])
+def test_pass_at_0_or_at_more_than_there_are(n: int, right: int, j: int) -> None:
+    with pytest.raises(ValueError, match="j is 1 to n"):
+        pass_at(n, right, j)
 
 
 def test_several_comparisons_are_corrected() -> None:

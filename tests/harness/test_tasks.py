@@ -128,6 +128,25 @@ def test_a_task_is_told_by_its_yaml_and_what_that_includes(quick: None, own: Pat
     assert {str(own / name) for name in FILES if name.endswith((".yaml", "_yaml"))} <= set(answer["files"])
 
 
+def test_how_a_task_decodes_is_told(quick: None, own: Path) -> None:
+    (own / "sums.yaml").write_text(f"{SUMS}generation_kwargs: {{do_sample: true, temperature: 0.7}}\n")
+    answer = described(["my_sums", "my_choice"], str(own))
+    sums, choice = (Task(**rows[0]) for rows in answer["tasks"].values())
+    assert (sums.do_sample, sums.temperature) == (True, 0.7)
+    assert (choice.do_sample, choice.temperature) == (None, 0.0)
+
+
+@pytest.mark.parametrize("often", ["0", "-1", "2.0", "two", "true", "null", "[2]"])
+def test_repeats_that_are_no_number_of_answers(asked: list[list[str]], own: Path, often: str) -> None:
+    (own / "sums.yaml").write_text(f"{SUMS}repeats: {often}\n")
+    with pytest.raises(LoopError) as error:
+        find(["my_sums"], own, own / "cache.json")
+    said = str(error.value)
+    assert said.endswith("write how often each question is asked, a whole number from 1 on")
+    assert f"{own / 'sums.yaml'}: repeats: " in said
+    assert len(said.splitlines()) == 1
+
+
 def test_our_own_tasks_take_traces_away_themselves_where_pip_put_them(
     quick: None, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

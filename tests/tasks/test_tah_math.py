@@ -343,3 +343,18 @@ def test_right_answers_to_every_benchmark_are_right_and_others_wrong(hub, load_t
 
     assert [exact_match(row, box) for row, box in zip(rows, ANSWERS[task], strict=True)] == [1] * len(rows)
     assert [exact_match(row, "12345") for row in rows] == [0] * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (r"So $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"\boxed{ \frac{1}{2}\, } as I said", r"\frac{1}{2}"),
+        (r"\boxed{3} or rather \boxed{**1,024**}", "1024"),
+        ("The answer is 3.", None),
+        (r"\boxed{} and \boxed{ }", None),
+        (r"\boxed{3", None),
+    ],
+)
+def test_answers_agree_if_their_boxes_hold_the_same_text(grading: ModuleType, text: str, said: str | None) -> None:
+    assert grading.grade_boxed.reads(text) == said
