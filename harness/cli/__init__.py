@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from harness.cli import compare, dial, gc, init, logs, loop, plan, report, status, think_map
+from harness.cli import compare, dial, export, gc, init, logs, loop, plan, report, status, think_map
 from harness.errors import LoopError, Stopped
 
 EPILOG = """\b
@@ -50,6 +50,7 @@ command = click.Group(
         report.command,
         compare.command,
         dial.command,
+        export.command,
         gc.command,
         think_map.command,
     ],
