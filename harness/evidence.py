@@ -341,9 +341,14 @@ def summed_up(rows: Iterable[Row]) -> dict[str, Any]:
 
 def pooled(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The scores of a run's first arm as rows of `results.json`, seeds taken together: their mean."""
+    return by_arm(first_arm(rows))
+
+
+def by_arm(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The scores of every arm and iteration, as `pooled`."""
     return [
         {"arm": who.arm, "iteration": who.iteration, "checkpoint": who.checkpoint, **summed_up(by_question.values())}
-        for (who, _), by_question in by_checkpoint(first_arm(rows)).items()
+        for (who, _), by_question in by_checkpoint(rows).items()
     ]
 
 

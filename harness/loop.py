@@ -543,6 +543,7 @@ class Published:
             gains = evidence.gains(questions)
             results["verdict"] = evidence.verdict(gains)
             results["comparisons"] = [evidence.as_json(gain) for gain in gains]
+            results["at_k"] = [evidence.as_json(gain) for gain in evidence.gains(evidence.of_several(questions))]
             self.arms = evidence.arms(questions)
             results["arms"] = [evidence.arm_json(arm) for arm in self.arms]
             results["figures"] = [evidence.figure_json(figure) for figure in evidence.figures(questions)]

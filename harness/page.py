@@ -21,6 +21,7 @@ from harness.view import (
     DIAL_HEADS,
     KIND_HEADS,
     PASS_HEADS,
+    REPEAT_HEADS,
     arm_cells,
     change,
     clock,
@@ -30,6 +31,7 @@ from harness.view import (
     kind_cells,
     of_first,
     pass_cells,
+    repeat_cells,
 )
 
 HEADS = ("task", "checkpoint", "iteration", "correct", "accuracy", "95 % interval", "change", "tokens", "closed")
@@ -55,7 +57,7 @@ def page(reports: Sequence[Report]) -> str:
     shown = []
     for report in reports:
         whole = picture(report)
-        for kind in ("by_iteration", "frontier", "dial", "curves"):
+        for kind in ("by_iteration", "frontier", "by_arm", "dial", "curves"):
             whole[kind] = [Markup(drawn) for drawn in whole[kind]]  # Vega escapes what it draws
         shown.append(whole)
     title = ", ".join(report.name for report in reports)
@@ -96,6 +98,7 @@ def picture(report: Report) -> dict[str, Any]:
         "seeds": report.seeds,
         "by_iteration": [charts.by_iteration(task, mine) for task, mine in by_task.items()],
         "frontier": [charts.frontier(task, mine) for task, mine in counted.items() if mine],
+        "by_arm": [charts.arms(title, mine) for title, mine in arm_lines(report).items()],
         "tables": list(tables(report, rows)),
         "dial": [charts.dial(task, mine) for task, mine in by_t(report).items()],
         "curves": [charts.curve(title, logged) for title, logged in report.curves.items()],
@@ -156,6 +159,15 @@ def by_t(report: Report) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def arm_lines(report: Report) -> dict[str, list[Row]]:
+    """What the charts of the arms show, by task and checkpoint; none where there is one arm."""
+    found: dict[str, list[Row]] = {}
+    if len({row["arm"] for row in report.by_arm}) > 1:
+        for row in sorted(report.by_arm, key=lambda row: (row["task"], row["checkpoint"])):
+            found.setdefault(f"{row['task']}, {row['checkpoint']}: arms", []).append(row)
+    return found
+
+
 def between(estimate: Estimate, scale: str = "percent") -> str:
     """An interval: "17 % to 38 %", or plain numbers; empty where there is none."""
     if math.isnan(estimate.low):
@@ -203,6 +215,25 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "note": f"The mean of {report.seeds} seeds." if report.seeds > 1 else "",
             "heads": HEADS,
             "rows": [cells(row, rows) for row in rows],
+            "texts": 2,
+        },
+        {
+            "id": "repeats",
+            "title": "Questions asked k times",
+            "note": "avg@k: the mean of a question's answers, as in the table above. pass@j: how likely one at least of j "
+            "is right, unbiased (arXiv 2107.03374). maj@k: whether what most of them say is right (2203.11171); of "
+            "several that as many say, the first to have so many; a trace that never closed has no vote.",
+            "heads": REPEAT_HEADS,
+            "rows": repeat_cells(rows),
+            "texts": 2,
+        },
+        {
+            "id": "at_k",
+            "title": "pass@k and maj@k, question by question",
+            "note": "As above: a question is right or wrong by all its answers together; corrected for there being "
+            "several (Holm), apart from the table above.",
+            "heads": COMPARISON_HEADS,
+            "rows": comparison_cells(report.at_k),
             "texts": 2,
         },
         {

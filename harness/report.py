@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,8 @@ class Report:
         noted: run.json.
         wall_s: of all sittings.
         cost_usd: of those, None without a price.
+        by_arm: rows as `rows`, of every arm.
+        at_k: as `comparisons`, by pass@k and maj@k, where questions were asked k times.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Report:
     noted: dict[str, Any]
     wall_s: float
     cost_usd: float | None
+    by_arm: list[dict[str, Any]] = field(default_factory=list)
+    at_k: list[Comparison] = field(default_factory=list)
 
 
 def gather(out: Path, name: str) -> Report:
@@ -121,6 +125,8 @@ def gather(out: Path, name: str) -> Report:
         noted=noted,
         wall_s=results["wall_s"],
         cost_usd=results["cost_usd"],
+        by_arm=evidence.by_arm(asked),
+        at_k=evidence.gains(evidence.of_several(asked)),
     )
 
 

@@ -183,6 +183,8 @@ class View:
             self.say(line)
         if self.quiet:
             return
+        if cells := repeat_cells(of_first(several or rows)):
+            self._print(_lines("questions asked k times", REPEAT_HEADS, cells, 2))
         if cells := pass_cells(rows):
             self._print(_lines("passes of TaH checkpoints", PASS_HEADS, cells, 3))
         self._print(kind_table([record for step in run.steps if (record := run.record(step))]))
@@ -404,6 +406,32 @@ def pass_cells(rows: Sequence[Row]) -> list[list[str]]:
         ]
         for row in in_order(rows)
         if row.get("mean_depth") is not None
+    ]
+
+
+REPEAT_HEADS = ("task", "checkpoint", "iteration", "k", "avg@k (95 %)", "pass@k (95 %)", "maj@k (95 %)", "pass@j")
+
+
+def repeat_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """What came of questions that were asked k times each, for the table and the page."""
+    return [
+        [
+            row["task"],
+            row["checkpoint"],
+            str(row["iteration"]),
+            str(row["repeats"]),
+            *(
+                f"{value:.1%} ({100 * low:.1f}–{100 * high:.1f})"
+                for value, (low, high) in (
+                    (row["accuracy"], row["ci95"]),
+                    (row["pass_at_k"], row["pass_at_k_ci95"]),
+                    (row["maj_at_k"], row["maj_at_k_ci95"]),
+                )
+            ),
+            ", ".join(f"{j}: {share['value']:.1%}" for j, share in row["pass_at"].items()),
+        ]
+        for row in in_order(rows)
+        if row.get("repeats")
     ]
 
 

@@ -112,6 +112,53 @@ def test_arms_are_held_against_the_pair_and_against_the_first() -> None:
     assert evidence.arms(asked("01")) == []
 
 
+def test_every_arm_has_its_scores_at_every_iteration() -> None:
+    rows = [*asked("0011"), *asked("0111", iteration=1), *asked("1111", iteration=2)]
+    rows += [*asked("0011", arm="merge_only"), *asked("0011", arm="merge_only", iteration=1)]
+    rows += [{**row, "seed": 1, "score": 1.0} for row in rows if row["iteration"] == 2]
+    found = [(row["arm"], row["iteration"], row["accuracy"], row["n"]) for row in evidence.by_arm(rows)]
+    assert found == [
+        ("thinkswitch", 0, 0.5, 4),
+        ("thinkswitch", 1, 0.75, 4),
+        ("thinkswitch", 2, 1.0, 4),
+        ("merge_only", 0, 0.5, 4),
+        ("merge_only", 1, 0.5, 4),
+    ]
+
+
+def several(scores: list[tuple[str, float, float]], **where: Any) -> list[dict[str, Any]]:
+    """Outcomes of questions that were asked four times: (right answers, pass@4, maj@4) each."""
+    rows = asked("0" * len(scores), answers=4, **where)
+    return [
+        {**row, "score": right.count("1") / 4, "pass_at": {"1": right.count("1") / 4, "4": passed}, "majority": most}
+        for row, (right, passed, most) in zip(rows, scores, strict=True)
+    ]
+
+
+def test_pass_and_maj_are_right_or_wrong_and_have_mcnemar_s_test() -> None:
+    """Avg@4 rises on ten questions; pass@4 on none; maj@4 on eight."""
+    before = several([("1000", 1.0, 0.0)] * 10 + [("0000", 0.0, 0.0)] * 5)
+    after = several([("1110", 1.0, 1.0)] * 8 + [("1100", 1.0, 0.0)] * 2 + [("0000", 0.0, 0.0)] * 5, iteration=1)
+    found = {one.task: one for one in evidence.gains(evidence.of_several([*before, *after]))}
+    assert set(found) == {"sums pass@4", "sums maj@4"}
+    assert found["sums maj@4"].test[1:] == (8, 0, pytest.approx(2 / 2**8))
+    assert found["sums maj@4"].p == pytest.approx(2 / 2**8), "the other one differs on no question"
+    assert found["sums pass@4"].test[1:] == (0, 0, 1.0)
+    (mean,) = evidence.gains([*before, *after])
+    assert mean.test.gained == 10
+    assert evidence.of_several(RUN) == []
+
+
+def test_several_answers_of_several_seeds_are_their_mean() -> None:
+    one = several([("1100", 1.0, 1.0), ("0000", 0.0, 0.0), ("1111", 1.0, 1.0)])
+    other = several([("0000", 0.0, 0.0), ("0000", 0.0, 0.0), ("1000", 1.0, 0.0)], seed=1)
+    (row,) = evidence.pooled([*one, *other])
+    assert (row["repeats"], row["n"]) == (4, 3)
+    assert row["pass_at_k"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert row["maj_at_k"] == pytest.approx((0.5 + 0 + 0.5) / 3)
+    assert row["maj_at_k_ci95"][0] < row["maj_at_k"] < row["maj_at_k_ci95"][1]
+
+
 def turned(t: float, scores: str, closed: int, task: str = "sums") -> list[dict[str, Any]]:
     rows = asked(scores, run="mine.dial", arm=f"t={t:g}", iteration=1, checkpoint="thinking", task=task)
     return [{**row, "closed": int(at < closed)} for at, row in enumerate(rows)]

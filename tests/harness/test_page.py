@@ -192,6 +192,39 @@ def test_what_models_and_users_write_is_text_and_never_markup() -> None:
     assert "lm_eval <x> &y" in read.words
 
 
+SEVERAL = {
+    "repeats": 4,
+    "pass_at_k": 0.75,
+    "pass_at_k_ci95": [0.6, 0.86],
+    "maj_at_k": 0.5,
+    "maj_at_k_ci95": [0.35, 0.65],
+    "pass_at": {"1": {"value": 0.4, "ci95": [0.3, 0.5]}, "4": {"value": 0.75, "ci95": [0.6, 0.86]}},
+}
+
+
+def test_several_answers_to_a_question_have_a_table_where_there_are_several() -> None:
+    assert "pass@" not in Page(page([reported()])).words
+    rows = [row(0, "instruct", "often", 16, n=40, **SEVERAL), row(0, "thinking", "often", 16, n=40, **SEVERAL), *ROWS]
+    shown = page([reported(rows, at_k=GAINED)]).partition('<table id="repeats">')[2]
+    lines = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in shown.partition("</table>")[0].split("<tr>")[2:]]
+    assert [line[:2] for line in lines] == [["often", "instruct"], ["often", "thinking"]]
+    assert lines[0][3] == "4"
+    assert lines[0][5:] == ["75.0% (60.0–86.0)", "50.0% (35.0–65.0)", "1: 40.0%, 4: 75.0%"]
+    assert '<table id="at_k">' in shown
+
+
+def test_arms_have_a_line_each_in_a_chart_for_each_checkpoint() -> None:
+    def of(arm: str, *rows: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{**row, "arm": arm} for row in rows]
+
+    alone = Page(page([reported(by_arm=of("thinkswitch", *ROWS))]))
+    two = Page(page([reported(by_arm=[*of("thinkswitch", *ROWS), *of("merge_only", *ROWS[:2])])]))
+    assert two.seen.count("svg") == alone.seen.count("svg") + 2
+    for words in ("mini_math, instruct: arms", "mini_math, thinking: arms", "merge_only"):
+        assert words in two.words
+        assert words not in alone.words
+
+
 def test_passes_are_shown_of_tah_checkpoints_alone() -> None:
     passes = {"mean_depth": 1.0625, "skip_rate": 0.9375, "flops_per_token": 2.5e6}
     passes |= {"flops_per_token_single": 2e6, "flops_per_token_always": 5e6}
