@@ -124,7 +124,8 @@ def collect(out: Path, keep: str, dry_run: bool = False) -> list[tuple[str, int]
         steps, working = run.noted()["steps"], run.is_alive()
         last = max((step["iteration"] for step in steps), default=0)
         for step in steps:
-            turned = place_of(step).startswith("t_")  # a dial's: each is as good as made again
+            # A dial's, or tried before t was chosen: each is as good as made again.
+            turned = place_of(step).startswith("t_") or step["name"].startswith("reconstruct_t")
             needed = working or (keep == "last" and step["iteration"] == last and not turned)
             referred[step["key"]] = referred.get(step["key"], False) or needed
             for identity in step.get("reads", {}).get("inputs", {}).values():  # of another run's stage, for a dial

@@ -154,8 +154,8 @@ def dial_of(out: Path, name: str, asked: Sequence[evidence.Row]) -> list[Point]:
     """The dial of a run, as far as it is; none of an earlier iteration than the run's last."""
 
     def merged(run: str) -> set[str]:
-        steps = RunDir(out / run).noted().get("steps", [])
-        mine = [step for step in steps if step["name"] == "reconstruct" and not place_of(step).startswith("merge_only")]
+        steps = [step for step in RunDir(out / run).noted().get("steps", []) if "reconstruct" in step["name"]]
+        mine = [step for step in steps if not place_of(step).startswith("merge_only")]
         last = max((step["iteration"] for step in mine), default=0)
         return {step["reads"]["inputs"]["instruct"] for step in mine if step["iteration"] == last}
 

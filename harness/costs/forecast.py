@@ -6,6 +6,8 @@ Knows what of a stage's recipe costs what, and where a run that is done has its 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,11 +47,25 @@ from harness.costs.shape import Shape, read_shape
 from harness.errors import LoopError
 from harness.files import below, read_json
 from harness.plan import Inputs, Step, plan
-from harness.stages import RECIPE, External, Keys, Recipe, Stage, placed
+from harness.stages import (
+    RECIPE,
+    External,
+    Keys,
+    Recipe,
+    Stage,
+    choose,
+    distill,
+    evaluate,
+    generate,
+    placed,
+    reconstruct,
+)
 
 GUESSED = 30  # questions of a task whose data is not here
 IMPORTS = 0.65e9  # bytes that the tools' imports hold, where it is not looked at
 OUT_SHARD = 2e9  # bytes of a shard that mergekit is asked for
+TURNED = re.compile(r"_t[\d.]+$")  # how steps end of which there is one for each t
+ESTIMATED = tuple(kind.name for kind in (generate.KIND, generate.TRIAL, distill.KIND, reconstruct.KIND, evaluate.KIND))
 ROLES = {"instruct": "instruct", "thinking": "thinking", "anchor": "thinking"}  # a stage's inputs: which of the pair
 
 
@@ -112,19 +128,24 @@ def of_run(config: LoopConfig, recipes: Mapping[str, Recipe], on: Device, out: P
         LoopError: with the first thing that cannot be planned.
     """
     pair = Pair(*(checks.described_checkpoint(getattr(config, role), role) for role in ("instruct", "thinking")))
-    asked = [*config.prompt_tasks, *config.tasks]
+    validated = config.validate_by if config.t == "auto" else []
+    asked = [*config.prompt_tasks, *config.tasks, *validated]
     found = tasks.find(asked, config.include_path, out / "stages" / ".tasks.json")
     prompts = checks.checked_prompts(config.own_prompts) if config.own_prompts else None
     sides = [
         list(dict.fromkeys(task for name in names for task in found[name]))
-        for names in (config.prompt_tasks, config.tasks)
+        for names in (config.prompt_tasks, config.tasks, validated)
     ]
+    checks.check_tasks(*sides)
     instruct, thinking = (External(str(folder), str(folder)) for folder in pair)
     gold = External(str(config.gold), str(config.gold)) if config.gold and "gold" in config.arms else None
     tah = frozenset(role for role, folder in zip(Pair._fields, pair, strict=True) if checks.is_tah(folder))
-    inputs = Inputs(recipes, instruct, thinking, tah, sides[0], sides[1], prompts, lambda key, text: None, gold=gold)
+    inputs = Inputs(
+        recipes, instruct, thinking, tah, sides[0], sides[1], prompts, lambda key, text: None,
+        gold=gold, validate_tasks=sides[2],
+    )  # fmt: skip
     groups = alike(plan(config, inputs, config.iterations))
-    several = {name for name, count in Counter(like[0].name for like in groups).items() if count > 1}
+    several = {name for name, count in Counter(line_name(like[0]) for like in groups).items() if count > 1}
     counts = questions(config, [task.name for side in sides for task in side], prompts, on.cache)
     means = mean_answers(out / config.name / "results.json")
     learnt = sum(counts[task.name].questions for task in sides[0])
@@ -139,25 +160,39 @@ def of_run(config: LoopConfig, recipes: Mapping[str, Recipe], on: Device, out: P
         elif stage.kind.name == "reconstruct":
             line = merging(whose, recipe, iterations, pair, on)
         else:
-            of_tasks = [counts[task] for task in stage.tasks]
+            few = int(recipe.get("limit") or sys.maxsize)
+            of_tasks = [counts[task]._replace(questions=min(few, counts[task].questions)) for task in stage.tasks]
             mean = means.get(step.checkpoint or "thinking")
             line = asking(whose, recipe, iterations, pair, config.nf4, of_tasks, mean, on)
-        arms = tuple(dict.fromkeys(each.arm for each in like)) if step.name in several else ()
-        lines.append(replace(line, name=step.name, arms=arms))
+        named = line_name(step)
+        arms = tuple(dict.fromkeys(each.arm for each in like)) if named in several else ()
+        lines.append(replace(line, name=named, arms=arms))
     return lines
 
 
+def line_name(step: Step) -> str:
+    """What a step is called beside those that cost the same: what is tried at several t is one line."""
+    return TURNED.sub("", step.name)
+
+
 def alike(steps: Sequence[Step]) -> list[list[Step]]:
-    """The stages that a run has to do, each once however many steps are it, with those that cost the same together."""
+    """The stages that a run has to do, each once however many steps are it, with those that cost the same together.
+
+    One that chooses among what others left costs nothing that could be told.
+    """
     keys = Keys({})  # versions are the same for all
     groups: dict[str, list[Step]] = {}
     first: dict[str, Step] = {}
     for step in steps:
         first.setdefault(keys[step.stage], step)
     for step in first.values():
-        recipe = step.stage.recipes[RECIPE]
+        if step.stage.kind is choose.KIND:
+            continue
+        recipe = dict(step.stage.recipes[RECIPE])
+        if step.stage.kind is reconstruct.KIND:
+            recipe.pop("parameters", None)  # at whatever t
         asked = {key: value for key, value in (recipe.get("model_args") or {}).items() if key != "seed"}
-        cost = json.dumps([step.name, {**recipe, "seed": 0, "model_args": asked}], sort_keys=True, default=str)
+        cost = json.dumps([line_name(step), {**recipe, "seed": 0, "model_args": asked}], sort_keys=True, default=str)
         groups.setdefault(cost, []).append(step)
     return list(groups.values())
 
@@ -166,6 +201,10 @@ def recipe_name(step: Step, recipes: Mapping[str, Recipe]) -> str:
     """What `--set` calls the recipe of a step."""
     if step.name == "distill" and step.arm == "on_policy" and "on_policy" in recipes:
         return "on_policy"
+    if step.stage.kind is generate.TRIAL:
+        return "generate"
+    if step.stage.kind is evaluate.KIND and not step.checkpoint:  # a t is tried on tasks to validate by
+        return "evaluate_thinking" if "evaluate_thinking" in recipes else "evaluate"
     return step.name if step.name in recipes else step.name.partition("_")[0]
 
 
@@ -392,7 +431,7 @@ def compared(out: Path, name: str, on: Device) -> list[Compared]:
     for step in noted["steps"]:
         folder = out / "stages" / step["key"]
         record = read_json(folder / "stage.json")
-        if not record:
+        if not record or record["kind"] not in ESTIMATED:
             continue
         guess = _again(step["name"], read_yaml(folder / RECIPE), pair, bool(asked.get("nf4")), on, record)
         used = (
