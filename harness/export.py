@@ -1,7 +1,7 @@
 """One checkpoint of a run as a folder to publish: weights, tokenizer, a card, and the recipes that make it again.
 
-Knows where a run keeps what, and the hub. What the card says is `model_card`'s. Nothing that is exported names a place
-on this machine: what names one is replaced or left out, and what would still do so is refused.
+Knows files, and the hub. Which checkpoint it is, `lineage` says; what the card says, `model_card`. Nothing that is
+exported names a place on this machine: what names one is replaced or left out, and what would still do so is refused.
 """
 
 from __future__ import annotations
@@ -13,206 +13,26 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from harness import evidence
-from harness.checks import is_tah
+from harness import model_card
 from harness.config import ARMS
 from harness.errors import LoopError, StageError
-from harness.evidence import Who
 from harness.files import below, digest, disk_errors, write_json, write_text
-from harness.rundir import RunDir, place_of
+from harness.lineage import Chosen, Parent, Step
+from harness.model_card import AGAIN, Licence
 from harness.stages import RECIPE, STAND_IN, dump
 from harness.stages.distill import ADAPTER
-from harness.store import Store
 from thinkswitch_plugin.prompts import FILES as PROMPT_FILES
 
-Step = Mapping[str, Any]
-
-MADE_BY = {"instruct": ("distill",), "thinking": ("choose", "reconstruct")}  # kinds of stages; the first that a run has
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
 TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 TEMPLATES = ("chat_template.*",)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OWN_NAME = ("_name_or_path", "name_or_path")  # where a file was loaded from
-AGAIN = "ts_loop"  # the folder of recipes that make it again
-ON_HUB = re.compile(r"(?P<id>[^@+/]+/[^@+/]+)@(?P<commit>[0-9a-f]{40})\b")
 SECRET = re.compile(r"(?i)(token|use_auth_token|.*(hub|hf|auth|access|api)_token|.*(secret|password|api_?key).*)")
 GONE = object()  # what is left out of a recipe
-
-
-class Parent(NamedTuple):
-    """A checkpoint of the pair as it came.
-
-    Attributes:
-        role: "instruct" or "thinking".
-        name: what the hub calls it; of a local one, its folder's name alone.
-        commit: the hub's; empty if it is local, or nobody noted it.
-        digest: of what a loader reads of it; empty if the commit says it.
-        folder: where it lies; None if it is the hub's.
-    """
-
-    role: str
-    name: str
-    commit: str
-    digest: str
-    folder: Path | None
-
-    @property
-    def spec(self) -> str:
-        """How loop.yml names it: `owner/name@commit`, or a folder beside it."""
-        if self.folder:
-            return f"./{self.name}"
-        return f"{self.name}@{self.commit}" if self.commit else self.name
-
-
-class Licence(NamedTuple):
-    """As a card's front matter has it: `link` and `name` go with "other"."""
-
-    id: str
-    name: str | None = None
-    link: str | None = None
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A checkpoint of a run.
-
-    Attributes:
-        who: run, arm, iteration, and "instruct" or "thinking".
-        seed: of its arm.
-        step: of run.json, the one that made it.
-        line: the steps that it came from, in order, itself the last.
-        steps: all of its arm and seed; of a dial, the turned run's too.
-        noted: run.json; of a dial, the turned run's.
-        base: the run that `noted` is of.
-        out: where runs are.
-        store: of their stages.
-        missing: the places of steps that are not done.
-    """
-
-    who: Who
-    seed: int
-    step: Step
-    line: list[Step]
-    steps: list[Step]
-    noted: Mapping[str, Any]
-    base: str
-    out: Path
-    store: Store
-    missing: list[str]
-
-    def folder(self, step: Step) -> Path:
-        """Where a step's stage lies."""
-        return self.store.folder(step["key"])
-
-    def find(self, name: str) -> Step | None:
-        """The first step of that name, the pair's as it came where it is an evaluation."""
-        return next((step for step in self.steps if step["name"] == name), None)
-
-    def of_kind(self, kind: str) -> list[Step]:
-        """The steps of a kind that it came from, in order."""
-        return [step for step in self.line if step["reads"]["kind"] == kind]
-
-    @property
-    def evaluation(self) -> Step | None:
-        """The step that tested it."""
-        keys = [s for s in self.steps if s["name"] == f"evaluate_{self.who.checkpoint}"]
-        inside = f"{self.step['key']}/"
-        return next((s for s in keys if s["reads"]["inputs"].get("checkpoint", "").startswith(inside)), None)
-
-    def parent(self, role: str) -> Parent:
-        """The checkpoint of the pair as it came, by what the run noted of it."""
-        said = str(self.noted["asked"][role])
-        first = self.find(f"evaluate_{role}")
-        identity = first["reads"]["inputs"]["checkpoint"] if first else ""
-        local = Path(said).is_absolute()
-        found = ON_HUB.match(identity)
-        if local:
-            return Parent(role, Path(said).name, "", identity, Path(said))
-        name, _, revision = said.partition("@")
-        return Parent(role, name, found["commit"] if found else revision, "" if found else identity, None)
-
-
-def choose(out: Path, name: str) -> Chosen:
-    """The checkpoint that is meant.
-
-    Args:
-        out: where runs are.
-        name: as `evidence.chosen` takes it; an arm may be named as its folder in the run is, with its seed.
-
-    Raises:
-        LoopError: there is no such run, it has not made that, or it was not this run that made it.
-    """
-    if not (said := evidence.NAMED.match(name)):
-        raise LoopError(f"{name}: write RUN --checkpoint instruct@3, or RUN/untouched for another arm")
-    run = said["run"]
-    base = run.removesuffix(".dial")
-    store, noted = Store(out / "stages"), RunDir(out / run).noted()
-    if not noted.get("steps"):
-        raise LoopError(f"{out / run}: no such run; see ts-loop status")
-    whole = noted if base == run else RunDir(out / base).noted()
-    every = list(dict.fromkeys(_line(step, whole) for step in noted["steps"]))
-    wanted = said["arm"] or every[0][0]
-    fitting = [(arm, seed) for arm, seed in every if wanted in (arm, f"{arm}-{seed}")]
-    if not fitting or (every[0][0].startswith("t=") and not said["arm"]):
-        has = ", ".join(dict.fromkeys(arm for arm, _ in every))
-        raise LoopError(f"{name}: name one of its arms, as in {run}/{every[-1][0]}; it has {has}")
-    arm, seed = fitting[0]
-    mine = [step for step in noted["steps"] if _line(step, whole) == (arm, seed)]
-    steps = mine
-    if base != run:
-        steps = [*(step for step in whole["steps"] if place_of(step).startswith("iter_")), *mine]
-    checkpoint = said["checkpoint"] or ("thinking" if arm.startswith("t=") else "instruct")
-    kinds = {step["reads"]["kind"] for step in mine}
-    kind = next((kind for kind in MADE_BY[checkpoint] if kind in kinds), "")
-    made = {step["iteration"]: step for step in mine if step["reads"]["kind"] == kind}
-    done = [iteration for iteration, step in made.items() if store.record(step["key"])]
-    iteration = int(said["iteration"]) if said["iteration"] else max(done, default=0)
-    if not iteration:
-        what = f"{checkpoint}@0 is the checkpoint as it came"
-        if is_tah(Path(str(whole["asked"][checkpoint]))):
-            what += ", a TaH one, loaded by `pip install thinkswitch` and trust_remote_code"
-        raise LoopError(f"{name}: {what}, which this run did not make; name another iteration (made: {_listed(done)})")
-    if iteration not in done:
-        raise LoopError(f"{name}: {checkpoint} of iteration {iteration} is not made; made iterations: {_listed(done)}")
-    missing = [place_of(step) for step in whole["steps"] if not store.record(step["key"])]
-    step = made[iteration]
-    who = Who(run, arm, iteration, checkpoint)
-    return Chosen(who, seed, step, line_of(steps, step, store), steps, whole, base, out, store, missing)
-
-
-def _line(step: Step, noted: Mapping[str, Any]) -> tuple[str, int]:
-    return step.get("arm", ARMS[0]), step.get("seed", noted["asked"].get("seed", 0))
-
-
-def _listed(iterations: Iterable[int]) -> str:
-    return ", ".join(map(str, iterations)) or "none"
-
-
-def line_of(steps: Sequence[Step], last: Step, store: Store) -> list[Step]:
-    """The steps that one came from, in order, itself the last; of several t that were tried, the chosen one's."""
-    by_key: dict[str, Step] = {}
-    for step in steps:
-        by_key.setdefault(step["key"], step)
-    found: dict[str, Step] = {}
-
-    def walk(step: Step) -> None:
-        inputs = step["reads"]["inputs"]
-        if step["reads"]["kind"] == "choose":
-            t = (store.record(step["key"]) or {"facts": {}})["facts"].get("t")
-            tried = [one["t"] for one in step["reads"]["recipes"][RECIPE]["tried"]]
-            inputs = {"checkpoint": inputs[f"checkpoint_{tried.index(t)}"]} if t in tried else {}
-        for identity in inputs.values():
-            key = identity.partition("/")[0]
-            if key in by_key and key not in found:
-                walk(by_key[key])
-        found[step["key"]] = step
-
-    walk(last)
-    return list(found.values())
 
 
 def licence(parents: Sequence[Parent], said: str | None) -> Licence:
@@ -266,8 +86,6 @@ def write(chosen: Chosen, to: Path, licensed: Licence, name: str, adapter_only: 
         LoopError: the folder has something in it, the checkpoint is not there or not what it was, or something of it
             would name a place on this machine.
     """
-    from harness import model_card
-
     sources = adapters(chosen) if adapter_only else [_weights(chosen)]
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise LoopError(f"--to {to}: is there already, and not empty; name a new folder")

@@ -10,15 +10,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from harness import asking, evidence
 from harness.errors import LoopError, StageError
 from harness.evidence import Comparison, Who
-from harness.export import AGAIN, Chosen, Licence, Parent, Step
 from harness.files import read_json
+from harness.lineage import Chosen, Parent, Step
 from harness.outcomes import Row
 from harness.report import asked_text
 from harness.stages import RECIPE
@@ -27,6 +27,7 @@ from harness.view import clock
 from thinkswitch_plugin.prompts import is_on_hub, is_source
 
 CARD = "README.md"
+AGAIN = "ts_loop"  # the folder of recipes that make it again
 TRAINING = (
     *("adapter", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear"),
     *(
@@ -40,6 +41,14 @@ TRAINING = (
     ),
     *("micro_batch_size", "gradient_accumulation_steps", "sequence_len", "optimizer", "weight_decay", "bf16", "seed"),
 )
+
+
+class Licence(NamedTuple):
+    """As a card's front matter has it: `link` and `name` go with "other"."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
 
 
 def files(chosen: Chosen, licensed: Licence, name: str, adapter_only: bool) -> dict[str, str]:

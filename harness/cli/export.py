@@ -42,13 +42,13 @@ def command(
     The card is written from the run's record: parents, decoding, prompts, what was dropped, settings, scores with their
     intervals and tests. Nothing in the folder names a place on this machine.
     """
-    from harness import export
+    from harness import export, lineage
 
     if push:
         export.check_push(push)
     elif private:
         raise LoopError("--private: goes with --push ORG/NAME")
-    chosen = export.choose(out, f"{run}:{checkpoint}" if checkpoint else run)
+    chosen = lineage.choose(out, f"{run}:{checkpoint}" if checkpoint else run)
     parents = [chosen.parent(role) for role in ("instruct", "thinking")]
     export.write(chosen, to, export.licence(parents, licensed), push or to.resolve().name, adapter_only)
     click.echo(f"{chosen.who}: {to}")
