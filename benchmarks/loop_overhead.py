@@ -1,10 +1,11 @@
 """Wall time of `ts-loop` over the same stages chained as bare command lines, in one run.
 
-    python benchmarks/loop_overhead.py [--iters 3]
+    python benchmarks/loop_overhead.py [--iters 3 --rounds 3] [--record]
 
 Floor: a bare command imports its tool anew (6 commands an iteration and 2 at the start, five to fifteen seconds each)
 and lm-eval reads its 13,000 task files; `ts-loop` does both once. What is left is the work itself, which is the same
-commands on the same recipes. Ends with one line of JSON: `ratio` is ts-loop / bare (the bound is 0.35), and
+commands on the same recipes. In a round both run, each from nothing, and which is first changes from round to round.
+Ends with one line of JSON: `ratio` is the median over rounds of ts-loop / bare (the bound is 0.35), and
 `orchestration_s_per_iteration` is everything `ts-loop` does outside the commands once the preloading is done.
 """
 
@@ -13,11 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from record import Recorder
 
 from harness.config import load, read_recipes, recipes_folder
 from harness.loop import prepare, write_recipes
@@ -58,27 +62,33 @@ def chained(folder: Path, iterations: int) -> float:
     return time.monotonic() - begun
 
 
+def one_round(iterations: int, bare_first: bool) -> dict[str, float]:
+    """Seconds of both and their ratio."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if bare_first:
+            bare_s = chained(folder, iterations)
+        loop_s, parts = looped(folder / "out", iterations)
+        if not bare_first:
+            bare_s = chained(folder, iterations)
+    orchestration = (loop_s - parts["preload_s"] - parts["body_s"]) / iterations
+    found = {"ratio": loop_s / bare_s, "ts_loop_s": loop_s, "bare_s": bare_s}
+    return {**found, "orchestration_s_per_iteration": orchestration, **parts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iters", type=int, default=3)
-    iterations = parser.parse_args().iters
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        loop_s, parts = looped(folder, iterations)
-        bare_s = chained(folder, iterations)
-    orchestration = loop_s - parts["preload_s"] - parts["body_s"]
-    print(
-        json.dumps(
-            {
-                "ratio": round(loop_s / bare_s, 3),
-                "ts_loop_s": round(loop_s, 1),
-                "bare_s": round(bare_s, 1),
-                "iterations": iterations,
-                "orchestration_s_per_iteration": round(orchestration / iterations, 2),
-                **{key: round(value, 1) for key, value in parts.items()},
-            }
-        )
-    )
+    parser.add_argument("--rounds", type=int, default=3)
+    recorder = Recorder(parser)
+    asked = parser.parse_args()
+    rounds = []
+    for number in range(asked.rounds):
+        rounds.append(one_round(asked.iters, bare_first=bool(number % 2)))
+        print(*(f"{key} {value:.3f}" for key, value in rounds[-1].items()), flush=True)
+    each = {key: [found[key] for found in rounds] for key in rounds[0]}
+    medians = {key: statistics.median(values) for key, values in each.items()}
+    recorder.keep(asked, "loop_overhead", {**medians, "rounds": each, "iterations": asked.iters})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Whole on-policy steps (rollout, teacher, update) against TRL's DistillationTrainer, step by step in turns.
 
-    python benchmarks/on_policy_step.py [--rounds 5 --steps 20 --batch 64 --accumulation 4 --threads 1] [--adapter lora]
+    python benchmarks/on_policy_step.py [--rounds 5 --steps 20 --batch 64 --accumulation 4 --threads 1]
+        [--adapter lora] [--record]
 
 Same student, teacher, prompts, adapter, batch, sampling and longest answer, in float32, but for the student's linear
 layers, which are in NF4 as the shipped recipe has them (`--adapter lora`: in float32 as well); the teacher reads what
@@ -8,7 +9,8 @@ the student reads, since TRL's can do nothing else. TRL's trainer is run as its 
 where they are not named here. Floor: a decoding step per token of the longest rollout, two forwards and a backward.
 
 A round is two processes, `axolotl train` with the plugin and a script with TRL's trainer, which take turns: one step of
-the one, one step of the other, with the other asleep meanwhile, so that what else the machine does falls on both. A
+the one, one step of the other, with the other asleep meanwhile, so that what else the machine does falls on both;
+which goes first changes from step to step. A
 callback of either trainer waits for its turn and takes the time from there to its next step's end, by the clock and by
 the processor (all threads of the process). The first steps of a round do not count. A round's ratio is the median over
 its pairs of steps. One thread each by default: two that wait for one another measure a shared machine's other work.
@@ -30,6 +32,7 @@ from typing import Any
 
 import yaml
 from mini_lab import INSTRUCT, LORA, RECIPES, ROOT, THINKING
+from record import Recorder
 from transformers import TrainerCallback
 
 MAX_NEW_TOKENS, RATE, SEED = 16, 1e-4, 42
@@ -210,8 +213,9 @@ def one_round(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     sides = {name: Side(name, folder, command, asked.threads) for name, command in commands.items()}
     for side in sides.values():
         side.connect()
-    for _ in range(asked.steps):
-        for side in sides.values():
+    for number in range(asked.steps):
+        order = list(sides.values())
+        for side in reversed(order) if number % 2 else order:
             side.step()
     lengths = {name: side.finish() for name, side in sides.items()}
     found: dict[str, Any] = {f"{name}_length": round(length, 2) for name, length in lengths.items()}
@@ -231,6 +235,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each side's arithmetic")
     parser.add_argument("--adapter", choices=("qlora", "lora"), default="qlora", help="of the student")
     parser.add_argument("--only-trl-in", type=Path, help=argparse.SUPPRESS)
+    recorder = Recorder(parser)
     asked = parser.parse_args()
     if asked.only_trl_in:
         trl(asked.only_trl_in, asked.steps, asked.batch, asked.accumulation, asked.adapter)
@@ -244,20 +249,11 @@ def main() -> None:
             f"ours {last['ours_wall_ms']:.0f} ms a step, TRL {last['trl_wall_ms']:.0f}: {last['wall_ratio']:.3f}; "
             f"of processors {last['ours_cpu_ms']:.0f} and {last['trl_cpu_ms']:.0f}: {last['cpu_ratio']:.3f}"
         )
-    print(
-        json.dumps(
-            {
-                "ratio": round(statistics.median(found["wall_ratio"] for found in rounds), 3),
-                "cpu_ratio": round(statistics.median(found["cpu_ratio"] for found in rounds), 3),
-                "steps": asked.steps,
-                "batch": asked.batch,
-                "accumulation": asked.accumulation,
-                "threads": asked.threads,
-                "adapter": asked.adapter,
-                "rounds": {key: [round(found[key], 3) for found in rounds] for key in rounds[0]},
-            }
-        )
-    )
+    sizes = {name: getattr(asked, name) for name in ("steps", "batch", "accumulation", "threads", "adapter")}
+    each = {key: [found[key] for found in rounds] for key in rounds[0]}
+    medians = {"ratio": statistics.median(each["wall_ratio"]), "cpu_ratio": statistics.median(each["cpu_ratio"])}
+    name = f"on_policy_step_{asked.adapter}_{asked.accumulation}"
+    recorder.keep(asked, name, {**medians, **sizes, "rounds": each})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Is it the method? Logits, depths, losses and gradients beside the authors' own code, on the same weights.
 
-    python benchmarks/tah_parity.py --reference-python VENV/bin/python --reference-source CHECKOUT
+    python benchmarks/tah_parity.py --reference-python VENV/bin/python --reference-source CHECKOUT [--record]
 
-The reference (thu-nics/TaH) needs transformers 4.52.4 and peft 0.15.2, so it runs in an environment of its own. Every
+The reference (a clone of thu-nics/TaH) needs transformers 4.52.4 and peft 0.15.2, so it runs in an environment of its
+own, with this torch: `pip install torch==2.13.0 transformers==4.52.4 peft==0.15.2 accelerate datasets`. Every
 case is a random backbone with a random adapter and decider, in float32; an error is the largest difference over the
 largest value of its tensor. Ends with one line of JSON.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import Recorder, git
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -45,6 +47,14 @@ class Reference:
         if done.returncode:
             raise SystemExit(f"the reference failed:\n{done.stderr[-2000:]}")
         return load_file(result)
+
+    def versions(self) -> dict[str, Any]:
+        """Its commit and what it runs on, for the record."""
+        names = ("torch", "transformers", "peft")
+        code = f"from importlib.metadata import version; print(*map(version, {names}))"
+        said = subprocess.run([self.python, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+        on = dict(zip(names, said, strict=True))
+        return {"reference": {"thu-nics/TaH": git(self.source, "rev-parse", "HEAD"), **on}}
 
 
 def random_checkpoint(
@@ -127,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference-python", required=True)
     parser.add_argument("--reference-source", required=True, type=Path)
+    recorder = Recorder(parser)
     asked = parser.parse_args()
     worst: dict[str, float] = {}
     depths_differ = cases = 0
@@ -208,7 +219,8 @@ def main() -> None:
                         note("stage 2 gradients", error(parameter.grad, their[f"grad.decider.{key}"]))
                 cases += 1
     figures = {key: float(f"{value:.1e}") for key, value in worst.items()}
-    print(json.dumps({"cases": cases, "depths_that_differ": depths_differ, **figures, "bound": 1e-4}))
+    figures = {"cases": cases, "depths_that_differ": depths_differ, **figures, "bound": 1e-4}
+    recorder.keep(asked, "tah_parity", figures, **reference.versions())
 
 
 if __name__ == "__main__":

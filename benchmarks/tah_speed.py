@@ -1,20 +1,21 @@
 """How fast is a token that is sometimes read twice? Beside the authors' own code and beside the plain backbone.
 
-    python benchmarks/tah_speed.py --reference-python VENV/bin/python --reference-source CHECKOUT [--only decode,step]
+    python benchmarks/tah_speed.py --reference-python VENV/bin/python --reference-source CHECKOUT
+        [--only decode,step,big,cost --runs 5] [--record]
 
-On the same weights and machine, in one run, each side's best of several: greedy decoding on a backbone of 4 layers ×
-128 at batch 1 and 8 and on one of Qwen3-0.6B's shape, with a threshold at which about 6 % of tokens continue; a
-training step of stage 1 on two layers with Qwen3-0.6B's width and vocabulary; and the cost of a token against the share
-of tokens that continue, as a plot (docs/tah_cost.svg), there the median over rounds in which all take turns. All
-float32, on a CPU or by `--device cuda:0` on a card, where a time is taken when the card is done. Ends with one line of
-JSON: `speedup` is our tokens a second over the reference's, `over_…` our time over another's.
+On the same weights and machine: greedy decoding on a backbone of 4 layers × 128 at batch 1 and 8 and on one of
+Qwen3-0.6B's shape, with a threshold at which about 6 % of tokens continue; a training step of stage 1 on two layers
+with Qwen3-0.6B's width and vocabulary; and the cost of a token against the share of tokens that continue. All float32,
+on a CPU or by `--device cuda:0` on a card, where a time is taken when the card is done; whatever decodes does so in
+inference mode. Rounds: in each, all sides take turns with the same threads, an untimed call before each timed one; a
+round's ratio is of what was measured in it. Ends with one line of JSON: `speedup` is our tokens a second over the
+reference's, `over_…` our time over another's, each the median over rounds with every round's beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from record import Recorder
 from safetensors.torch import save_file
 from tah_parity import Reference, random_checkpoint
 from torch import Tensor
@@ -30,7 +32,6 @@ from transformers import AutoModelForCausalLM
 
 from thinkswitch_plugin.tah import TaHForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT_TOKENS = 16
 SHARES = (0.0, 0.06, 0.25, 1.0)
 SMALL = {"decider_layers": [1, 2, 3], "decider_hidden": [64, 64]}
@@ -62,12 +63,19 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def best(run: Callable[[], Any], runs: int) -> float:
-    """Seconds of the fastest of some runs, after one to warm up."""
+def warm(run: Callable[[], Any]) -> float:
+    """Seconds of a second call."""
     run()
-    return min(seconds(run) for _ in range(runs))
+    return seconds(run)
 
 
+def over(name: str, ours: list[float], others: list[float]) -> dict[str, Any]:
+    """Ours over another's round by round, and the median."""
+    each = [mine / theirs for mine, theirs in zip(ours, others, strict=True)]
+    return {name: median(each), f"{name}_rounds": each}
+
+
+@torch.inference_mode()
 def greedy(model: Any, ids: Tensor, tokens: int) -> Tensor:
     """`tokens` new tokens by Hugging Face generation, no end token, int64 [B, tokens]."""
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
@@ -102,45 +110,50 @@ def plain_of(model: TaHForCausalLM) -> Any:
 
 @torch.no_grad()
 def decoding(
-    reference: Reference | None,
+    reference: Reference,
     scratch: Path,
     batch: int,
     tokens: int,
-    runs: int,
+    rounds: int,
     shape: dict[str, Any],
     tah: Any,
     device: str,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Tokens a second at 6 %, ours over theirs, and our time over the plain backbone's."""
     folder = scratch / "decode"
     model = random_checkpoint(folder, shape=shape, **tah).to(device)
     ids = torch.randint(1, model.config.text_config.vocab_size, (batch, PROMPT_TOKENS)).to(device)
     share = at_share(model, ids, tokens, 0.06)
     plain = plain_of(model)
-    found = {"share": round(share, 4)}
-    ours = best(lambda: greedy(model, ids, tokens), runs)
-    backbone = best(lambda: greedy(plain, ids, tokens), runs)
-    ours = min(ours, best(lambda: greedy(model, ids, tokens), runs))
-    found["over_backbone"] = round(ours / backbone, 3)
-    if reference:
-        inputs = scratch / "ids.safetensors"
-        save_file({"input_ids": ids.cpu()}, inputs)
+    inputs = scratch / "ids.safetensors"
+    save_file({"input_ids": ids.cpu()}, inputs)
+    mine = greedy(model, ids, tokens).cpu()
+    ours, backbone, theirs, alike = [], [], [], []
+    for _ in range(rounds):
+        ours.append(warm(lambda: greedy(model, ids, tokens)))
+        backbone.append(warm(lambda: greedy(plain, ids, tokens)))
         their = reference.ask(
             do="decode",
             checkpoint=str(folder),
             inputs=str(inputs),
             new_tokens=tokens,
-            runs=runs,
+            runs=1,
             threads=torch.get_num_threads(),
             changes={"threshold": model.config.threshold},
             device=device,
         )
-        found["same_tokens"] = round(float((their["tokens"] == greedy(model, ids, tokens).cpu()).float().mean()), 4)
-        found["speedup"] = round(float(their["seconds"].min()) / ours, 3)
-    return found
+        theirs.append(float(their["seconds"].min()))
+        alike.append(float((their["tokens"] == mine).float().mean()))
+    return {
+        "share": share,
+        "same_tokens": min(alike),
+        **over("speedup", theirs, ours),
+        **over("over_backbone", ours, backbone),
+        "seconds": {"ours": ours, "backbone": backbone, "reference": theirs},
+    }
 
 
-def training_step(reference: Reference, scratch: Path, runs: int, device: str) -> dict[str, float]:
+def training_step(reference: Reference, scratch: Path, rounds: int, device: str) -> dict[str, Any]:
     """Forward and backward of stage 1: our time over theirs, at 6 % hard tokens of 2 × 256, half of them a prompt."""
     folder = scratch / "step"
     model = random_checkpoint(
@@ -154,9 +167,6 @@ def training_step(reference: Reference, scratch: Path, runs: int, device: str) -
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "target_depth": target}
     inputs = scratch / "step.safetensors"
     save_file(given, inputs)
-    their = reference.ask(
-        do="step", checkpoint=str(folder), inputs=str(inputs), runs=runs, threads=torch.get_num_threads(), device=device
-    )
     given = {name: value.to(device) for name, value in given.items()}
     model.train()
     losses = []
@@ -167,10 +177,22 @@ def training_step(reference: Reference, scratch: Path, runs: int, device: str) -
         losses.append(float(loss.detach()))
         model.zero_grad()
 
-    ours = best(step, runs)
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(warm(step))
+        their = reference.ask(
+            do="step",
+            checkpoint=str(folder),
+            inputs=str(inputs),
+            runs=1,
+            threads=torch.get_num_threads(),
+            device=device,
+        )
+        theirs.append(float(their["seconds"].min()))
     return {
-        "over_reference": round(ours / float(their["seconds"].min()), 3),
-        "loss_error": float(f"{abs(losses[-1] / float(their['loss']) - 1):.1e}"),
+        **over("over_reference", ours, theirs),
+        "loss_error": abs(losses[-1] / float(their["loss"]) - 1),
+        "seconds": {"ours": ours, "reference": theirs},
     }
 
 
@@ -188,48 +210,25 @@ class Every:
 
 
 @torch.no_grad()
-def cost_by_share(scratch: Path, tokens: int, runs: int, device: str) -> dict[str, list[float]]:
-    """Our time over the backbone's at batch 1, by the share of tokens that continue, and the plot."""
+def cost_by_share(scratch: Path, tokens: int, rounds: int, device: str) -> dict[str, Any]:
+    """Our time over the backbone's at batch 1, by the share of tokens that continue."""
     model = random_checkpoint(scratch / "cost", shape=BIG, **BIG_TAH).to(device)
     plain = plain_of(model)
     ids = torch.randint(1, BIG["vocab_size"], (1, PROMPT_TOKENS)).to(device)
     assert model.decider is not None
-    rounds, shares = [], list(SHARES)
-    for _ in range(runs + 1):
-        # In turn, so that a slow minute of the machine is everybody's.
-        row = [seconds(lambda: greedy(plain, ids, tokens))]
+    ratios, shares = [], list(SHARES)
+    for _ in range(rounds + 1):  # the first is to warm up
+        backbone = seconds(lambda: greedy(plain, ids, tokens))
+        row = []
         for at, share in enumerate(SHARES):
             every = Every(share)
             hook = model.decider.register_forward_hook(every)
-            row.append(seconds(lambda: greedy(model, ids, tokens)))
+            row.append(seconds(lambda: greedy(model, ids, tokens)) / backbone)
             hook.remove()
             shares[at] = every.sent / every.seen
-        rounds.append(row)
-    ratios = ([time / backbone for time in times] for backbone, *times in rounds[1:])
-    found = {
-        "share": [round(share, 3) for share in shares],
-        "over_backbone": [round(median(column), 3) for column in zip(*ratios, strict=True)],
-    }
-    if device == "cpu":
-        draw(found)  # the plot in docs/ is the CPU's
-    return found
-
-
-def draw(found: dict[str, list[float]]) -> None:
-    """The cost against the share, with the line that counts passes."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3.4))
-    axes.plot([0, 1], [1, 2], color="0.7", label="1 + share: one backbone pass each")
-    axes.plot(found["share"], found["over_backbone"], "o-", label="measured")
-    axes.set_xlabel("share of tokens that continue")
-    axes.set_ylabel("time a token over the backbone's")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs/tah_cost.svg", metadata={"Date": None})
+        ratios.append(row)
+    columns = list(zip(*ratios[1:], strict=True))
+    return {"share": shares, "over_backbone": [median(column) for column in columns], "rounds": columns}
 
 
 def main() -> None:
@@ -238,26 +237,26 @@ def main() -> None:
     parser.add_argument("--reference-python", required=True)
     parser.add_argument("--reference-source", required=True, type=Path)
     parser.add_argument("--only", default="decode,step,big,cost")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="rounds")
     parser.add_argument("--device", default="cpu")
+    recorder = Recorder(parser)
     asked = parser.parse_args()
-    on = asked.device
-    name_of = torch.cuda.get_device_name(on) if on != "cpu" else "cpu"
-    found: dict[str, Any] = {"device": name_of, "threads": torch.get_num_threads()}
+    on, rounds = asked.device, asked.runs
+    found: dict[str, Any] = {"device": on.partition(":")[0], "threads": torch.get_num_threads()}
     torch.manual_seed(1)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         reference = Reference(asked.reference_python, asked.reference_source, scratch)
         if "decode" in asked.only:
             for batch in (1, 8):
-                found[f"decode_batch_{batch}"] = decoding(reference, scratch, batch, 200, asked.runs, {}, SMALL, on)
+                found[f"decode_batch_{batch}"] = decoding(reference, scratch, batch, 200, rounds, {}, SMALL, on)
         if "step" in asked.only:
-            found["training_step"] = training_step(reference, scratch, asked.runs, on)
+            found["training_step"] = training_step(reference, scratch, rounds, on)
         if "big" in asked.only:
-            found["decode_0.6b"] = decoding(reference, scratch, 1, 64, 2, BIG, BIG_TAH, on)
+            found["decode_0.6b"] = decoding(reference, scratch, 1, 64, rounds, BIG, BIG_TAH, on)
         if "cost" in asked.only:
-            found["cost_by_share"] = cost_by_share(scratch, 34, 5, on)
-    print(json.dumps(found))
+            found["cost_by_share"] = cost_by_share(scratch, 34, rounds, on)
+    recorder.keep(asked, "tah_speed", found, **reference.versions())
 
 
 if __name__ == "__main__":
