@@ -100,6 +100,15 @@ def dial(task: str, rows: Sequence[Row]) -> str:
     return svg({"title": f"{task}: the dial", "mark": mark, "encoding": {"x": x, "y": y, "color": what}}, rows)
 
 
+def angles(title: str, rows: Sequence[Row]) -> str:
+    """The mean angle between two checkpoints' weights by layer, a line a part; rows: layer, part, angle in degrees."""
+    x = {"field": "layer", "type": "quantitative", "title": "layer", "axis": {"grid": False, "tickMinStep": 1}}
+    y = {"field": "angle", "type": "quantitative", "title": "°"}
+    part = {"field": "part", "type": "nominal", "scale": {"range": ["#2563eb", "#d97706", "#0d9488", "#9333ea"]}}
+    mark = {"type": "line", "point": {"filled": True, "size": 25}}
+    return svg({"title": title, "mark": mark, "encoding": {"x": x, "y": y, "color": part}}, rows)
+
+
 def curve(title: str, rows: Sequence[Row]) -> str:
     """What a trainer logged, by step, a line an iteration; rows: step, value, iteration."""
     x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"grid": False}}

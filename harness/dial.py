@@ -2,7 +2,8 @@
 
 Merges of a thinking and an instruct checkpoint stop closing their traces somewhere, abruptly (arXiv 2510.10977): t is a
 dial with a cliff, and this shows where. A dial is a run of its own, RUN.dial, whose stages are the run's last
-reconstruct and evaluate with another t: what a run with that t would do has the same keys and is done once.
+reconstruct and evaluate with another t: what a run with that t would do has the same keys and is done once. Beside
+them the angles between the weights that are interpolated, and between those of the pair as it came.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from harness import asking
 from harness.config import LoopConfig
 from harness.errors import LoopError
 from harness.loop import Run, check_pair, identified, versions
-from harness.plan import Step
+from harness.plan import Step, untried
 from harness.rundir import RunDir, place_of
-from harness.stages import RECIPE, External, Keys, Output, Source, Stage, evaluate, reconstruct
+from harness.stages import RECIPE, External, Keys, Output, Source, Stage, angles, evaluate, reconstruct
 from harness.store import Known, Store, stamp
 from harness.view import View
 
@@ -62,7 +63,8 @@ def prepare(out: Path, name: str, ts: Sequence[float], view: View) -> Run:
     except (KeyError, ValueError):  # made by another version
         raise LoopError(f"{out / name}: what was asked of it cannot be read; run its command again") from None
     steps = [step for step in noted["steps"] if place_of(step).startswith("iter_") and store.record(step["key"])]
-    done = {(step["name"], step["iteration"]): step for step in steps}
+    # With `t: auto` there is one rebuilding for each t that was tried: but for t they are the same.
+    done = {(untried(step["name"]), step["iteration"]): step for step in steps}
     last = max((iteration for step, iteration in done if step == "reconstruct"), default=0)
     if not last or ("evaluate_thinking", last) not in done:
         raise LoopError(f"{name}: no iteration of it is whole yet; a dial turns the last one's t")
@@ -134,9 +136,14 @@ def prepare(out: Path, name: str, ts: Sequence[float], view: View) -> Run:
             Step(last, "reconstruct", merge, "", *where),
             Step(last, "evaluate_thinking", test, "thinking", *where),
         ]
+    weights = {
+        "angles": angles.build(read["anchor"], read["instruct"]),
+        "angles_came": angles.build(came["thinking"], came["instruct"]),
+    }
+    compared = [Step(last, called, stage, "", "angles", config.seed, "angles") for called, stage in weights.items()]
     named = config.model_copy(update={"name": f"{name}.dial"})
-    tools = dict.fromkeys(tool for steps in plan.values() for step in steps for tool in step.stage.kind.tools)
-    keys = Keys(versions(tuple(tools)))
-    wanted = [step for t in plan if t in ts for step in plan[t]]
-    kept = [step for steps in plan.values() for step in steps if step in wanted or store.record(keys[step.stage])]
+    every = [*compared, *(step for steps in plan.values() for step in steps)]
+    keys = Keys(versions(tuple(dict.fromkeys(tool for step in every for tool in step.stage.kind.tools))))
+    wanted = [*compared, *(step for t in plan if t in ts for step in plan[t])]
+    kept = [step for step in every if step in wanted or store.record(keys[step.stage])]
     return Run(named, RunDir(out / named.name), store, kept, wanted, keys, pair, watched)

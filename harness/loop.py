@@ -90,7 +90,7 @@ class Run:
 def versions(tools: tuple[str, ...]) -> dict[str, str]:
     """The versions of tools, and digests of our own code among them; one that is not installed is left out."""
     import thinkswitch_plugin
-    from harness import asking, choosing, grading
+    from harness import angles, asking, choosing, grading
 
     found = {}
     for name in tools:
@@ -99,9 +99,9 @@ def versions(tools: tuple[str, ...]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     plugins = [path for path in below(Path(str(thinkswitch_plugin.__file__)).parent) if path.suffix == ".py"]
-    graders = [Path(str(module.__file__)) for module in (asking, grading)]
-    ours = {"grading": code_of(graders), "choosing": code_of([Path(str(choosing.__file__))])}
-    return {**found, "thinkswitch_plugin": code_of(plugins), **ours}
+    ours = {"grading": (asking, grading), "choosing": (choosing,), "angles": (angles,)}
+    digests = {name: code_of([Path(str(module.__file__)) for module in modules]) for name, modules in ours.items()}
+    return {**found, "thinkswitch_plugin": code_of(plugins), **digests}
 
 
 def code_of(files: Sequence[Path]) -> str:
@@ -542,6 +542,12 @@ class Published:
         if at_end:
             gains = evidence.gains(questions)
             results["verdict"] = evidence.verdict(gains)
+        if picked := [
+            {"arm": step.arm, "seed": step.seed, "iteration": step.iteration, **record["facts"]}
+            for step, record in done
+            if step.stage.kind is choose.KIND
+        ]:
+            results["chosen"] = picked
             results["comparisons"] = [evidence.as_json(gain) for gain in gains]
             results["at_k"] = [evidence.as_json(gain) for gain in evidence.gains(evidence.of_several(questions))]
             self.arms = evidence.arms(questions)

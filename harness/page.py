@@ -11,20 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from harness import charts, evidence
+from harness.angles import Summary, by_layer, summed_up
 from harness.evidence import Figures
 from harness.outcomes import Row
 from harness.report import Report
 from harness.stats import Estimate
 from harness.view import (
+    APART_HEADS,
     ARM_HEADS,
+    CHOICE_HEADS,
     COMPARISON_HEADS,
     DIAL_HEADS,
     KIND_HEADS,
     PASS_HEADS,
     REPEAT_HEADS,
     arm_cells,
+    apart_cells,
     change,
     clock,
+    choice_cells,
+    choices,
     comparison_cells,
     dial_cells,
     in_order,
@@ -37,6 +43,7 @@ from harness.view import (
 HEADS = ("task", "checkpoint", "iteration", "correct", "accuracy", "95 % interval", "change", "tokens", "closed")
 FIGURE_HEADS = (
     "task",
+)
     "checkpoint",
     "iteration",
     "of the lead",
@@ -57,7 +64,7 @@ def page(reports: Sequence[Report]) -> str:
     shown = []
     for report in reports:
         whole = picture(report)
-        for kind in ("by_iteration", "frontier", "by_arm", "dial", "curves"):
+        for kind in ("by_iteration", "frontier", "by_arm", "dial", "apart", "curves"):
             whole[kind] = [Markup(drawn) for drawn in whole[kind]]  # Vega escapes what it draws
         shown.append(whole)
     title = ", ".join(report.name for report in reports)
@@ -105,6 +112,7 @@ def picture(report: Report) -> dict[str, Any]:
         "questions": report.questions,
         "settings": "\n".join(f"{key}: {value}" for key, value in settings.items()),
         "commands": "\n".join(" ".join(command) for _, _, record in report.stages for command in record["commands"]),
+        "apart": [charts.angles(f"angles: {whose}", rows) for whose, rows in layers(report).items() if rows],
     }
 
 
@@ -172,6 +180,17 @@ def between(estimate: Estimate, scale: str = "percent") -> str:
     """An interval: "17 % to 38 %", or plain numbers; empty where there is none."""
     if math.isnan(estimate.low):
         return ""
+def summaries(report: Report) -> dict[str, list[Summary]]:
+    """The angles between weights by part, at every t of the dial; by whose they are."""
+    ts = sorted({point.t for point in report.dial})
+    return {whose: summed_up(found, ts) for whose, found in report.apart.items()}
+
+
+def layers(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """What the chart of angles shows, by whose they are."""
+    return {whose: by_layer(found) for whose, found in report.apart.items()}
+
+
     if not math.isfinite(estimate.high):
         return f"{estimate.low:,.1f} or more"
     if scale == "percent":
@@ -205,6 +224,14 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "title": "The dial",
             "note": " ".join(f"{line}." for line in evidence.cliffs(report.dial))
             + " A t that is chosen by these scores is chosen on the test: other questions have to confirm it.",
+        {
+            "id": "chosen",
+            "title": "How t was chosen",
+            "note": " ".join(f"{line[:1].upper()}{line[1:]}." for line in choices(report.chosen)),
+            "heads": CHOICE_HEADS,
+            "rows": choice_cells(report.chosen),
+            "texts": 0,
+        },
             "heads": DIAL_HEADS,
             "rows": dial_cells(report.dial),
             "texts": 1,
@@ -214,6 +241,15 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "title": "Scores",
             "note": f"The mean of {report.seeds} seeds." if report.seeds > 1 else "",
             "heads": HEADS,
+        {
+            "id": "apart",
+            "title": "Angles between the weights",
+            "note": "As mergekit's slerp takes them, a tensor as one vector; below 1.81° it interpolates linearly. "
+            "At the end: where slerp and lerp are farthest apart, as a share of the way between the two checkpoints.",
+            "heads": APART_HEADS,
+            "rows": apart_cells(summaries(report)),
+            "texts": 2,
+        },
             "rows": [cells(row, rows) for row in rows],
             "texts": 2,
         },

@@ -28,6 +28,7 @@ Arms and seeds share every stage that reads the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -220,6 +221,11 @@ def _choice(
     choice = choose.build(tried, names, None if by_score else first)
     yield Step(k, "choose", choice)
     return Output(choice, choose.CHECKPOINT)
+
+
+def untried(name: str) -> str:
+    """A step's name without the t that it is tried at: of "reconstruct_t0.1", "reconstruct"."""
+    return re.sub(r"_t[\d.]+$", "", name)
 
 
 def pinned(stage: Stage, identify: Callable[[str, str], str | None]) -> Stage:

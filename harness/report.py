@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import asking, evidence, outcomes
+from harness.angles import Apart, of_json
 from harness.errors import LoopError, StageError
 from harness.evidence import Arm, Comparison, Figures, Point
 from harness.files import disk_errors, read_json, write_text
@@ -23,6 +24,7 @@ from thinkswitch_plugin.trace_stripping import split_trace
 LOGGED = re.compile(rb"\{'loss': [^{}]*\}")  # as the trainers print it
 CURVES = {"loss": "loss", "opd/kl": "KL to the teacher, nats a token"}
 SHOWN = 10  # questions side by side
+WEIGHTS = {"angles": "anchor and distilled instruct", "angles_came": "the pair as it came"}  # by a dial's steps
 SIDES = (("instruct", 0), ("instruct", None), ("thinking", 0))  # None: the last iteration
 
 
@@ -74,6 +76,8 @@ class Report:
         at_k: as `comparisons`, by pass@k and maj@k, where questions were asked k times.
     """
 
+        apart: the weights that the dial interpolates, and those of the pair as it came, by what they are called.
+        chosen: which t each iteration went on with, and why, where the run chose it; of the first arm and seed.
     name: str
     rows: list[dict[str, Any]]
     seeds: int
@@ -92,6 +96,8 @@ class Report:
     at_k: list[Comparison] = field(default_factory=list)
 
 
+    apart: dict[str, list[Apart]] = field(default_factory=dict)
+    chosen: list[dict[str, Any]] = field(default_factory=list)
 def gather(out: Path, name: str) -> Report:
     """Read a run.
 
@@ -113,10 +119,14 @@ def gather(out: Path, name: str) -> Report:
     return Report(
         name=name,
         rows=evidence.pooled(asked) if seeds > 1 else results["rows"],
+    about = (asked[0]["arm"], asked[0]["seed"])
+    turned = dial_of(out, name, asked)
         seeds=seeds,
         comparisons=evidence.gains(asked),
         arms=evidence.arms(asked),
-        dial=dial_of(out, name, asked),
+        dial=turned,
+        apart=apart_of(out, name) if turned else {},
+        chosen=[one for one in results.get("chosen", []) if (one["arm"], one["seed"]) == about],
         figures=evidence.figures(asked),
         stages=done,
         missing=[place_of(step) for step, record in records if not record],
@@ -172,6 +182,15 @@ def curves(store: Store, steps: Sequence[Mapping[str, Any]]) -> dict[str, list[d
     """What the trainers printed as they went, by what it is."""
     found: dict[str, list[dict[str, Any]]] = {}
     for step in steps:
+def apart_of(out: Path, name: str) -> dict[str, list[Apart]]:
+    """How far weights point apart, tensor by tensor, as the dial of a run found it; by whose they are."""
+    store, found = Store(out / "stages"), {}
+    for step in RunDir(out / f"{name}.dial").noted().get("steps", []):
+        if (called := WEIGHTS.get(step["name"])) and (record := store.record(step["key"])):
+            found[called] = of_json(record["facts"])
+    return found
+
+
         if step["name"] == "distill":
             for number, logged in enumerate(_logged(store.folder(step["key"]) / "log.txt"), start=1):
                 for key, title in CURVES.items():

@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness import runner
+from harness.angles import Summary
 from harness.evidence import Arm, Comparison, Point, in_points
 from harness.outcomes import Row
 from harness.plan import Step
@@ -145,6 +146,9 @@ class View:
                 self.bar.update(self.running[key], completed=now.done, total=now.total, phase=phase)
 
     def elsewhere(self, key: str) -> None:
+        """A stage goes on from what one that was stopped has left."""
+        self.say(f"{_name(self.places[key])}: goes on where it was stopped", "dim")
+
         """Another process works on a stage."""
         with self.lock:
             if key not in self.waiting:
@@ -183,6 +187,8 @@ class View:
             self.say(line)
         if self.quiet:
             return
+        for line in choices(results.get("chosen", [])):
+            self.say(line)
         if cells := repeat_cells(of_first(several or rows)):
             self._print(_lines("questions asked k times", REPEAT_HEADS, cells, 2))
         if cells := pass_cells(rows):
@@ -289,6 +295,57 @@ def table(rows: Sequence[Row], title: str = "scores") -> Table:
 
 
 DIAL_HEADS = ("task", "t", "accuracy", "95 % interval", "closed", "tokens", "as the anchor")
+
+def choices(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which t each iteration went on with, and why: a line each; of several arms or seeds, by their names."""
+    several = len({(one["arm"], one["seed"]) for one in found}) > 1
+    whose = [f" ({one['arm']}, seed {one['seed']})" if several else "" for one in found]
+    return [f"iteration {one['iteration']}{who}: {one['why']}" for one, who in zip(found, whose, strict=True)]
+
+
+CHOICE_HEADS = ("iteration", "t", "closed", "as the anchor", "score", "")
+
+
+def choice_cells(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What each t came to that was tried, for the page; `found` as `results.json` has it under `chosen`."""
+    return [
+        [
+            str(choice["iteration"]),
+            f"{one['t']:g}",
+            f"{one['closed']:.1%}" if "closed" in one else "",
+            f"{one['agreement']:.1%}" if "agreement" in one else "",
+            ", ".join(f"{task} {accuracy:.1%}" for task, accuracy in one.get("accuracy", {}).items()),
+            "chosen" if one["t"] == choice["t"] else "" if one["passes"] else "falls short",
+        ]
+        for choice in found
+        for one in choice["candidates"]
+    ]
+
+
+APART_HEADS = ("weights", "part", "tensors", "least °", "median °", "most °", "as lerp", "slerp from lerp", "at t")
+
+
+def apart_cells(found: Mapping[str, Sequence[Summary]]) -> list[list[str]]:
+    """The angles between two checkpoints' weights by part, for the table and the page; `found` by whose they are."""
+    return [
+        [
+            whose,
+            one.part,
+            str(one.tensors),
+            *(f"{angle:.2f}" for angle in (one.least, one.median, one.most)),
+            f"{one.straight:.0%}",
+            f"{one.differ:.1%}",
+            f"{one.at:g}" if one.differ else "",
+        ]
+        for whose, by_part in found.items()
+        for one in by_part
+    ]
+
+
+def apart_table(found: Mapping[str, Sequence[Summary]]) -> Table:
+    """The angles between two checkpoints' weights; the last figures are shares of the way between the two."""
+    return _lines("angles between the weights", APART_HEADS, apart_cells(found), 2)
+
 
 
 def dial_cells(found: Sequence[Point]) -> list[list[str]]:

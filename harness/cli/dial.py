@@ -22,7 +22,7 @@ def command(run: str, ts: str, out: Path, dry_run: bool) -> None:
     """
     from rich.console import Console
 
-    from harness import dial, evidence, loop, report, view
+    from harness import angles, dial, evidence, loop, report, view
 
     out = out.resolve()
     console = Console(highlight=False, stderr=dry_run)
@@ -39,5 +39,10 @@ def command(run: str, ts: str, out: Path, dry_run: bool) -> None:
     found = evidence.dial(evidence.read(planned.folder.root), evidence.read(out / run))
     console.print(view.dial_table(found))
     for line in evidence.cliffs(found):
+        console.print(line, markup=False, soft_wrap=True)
+    turned = sorted({point.t for point in found})
+    apart = {whose: angles.summed_up(mine, turned) for whose, mine in report.apart_of(out, run).items()}
+    console.print(view.apart_table(apart))
+    for line in angles.sentences(apart):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"in the run's page: {report.write(out, [run])}", markup=False, soft_wrap=True)
