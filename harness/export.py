@@ -58,14 +58,13 @@ def licence(parents: Sequence[Parent], said: str | None) -> Licence:
 
 
 def _licence_of(parent: Parent) -> Licence | None:
-    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub import ModelCard
 
+    if not (card := parent.file("README.md")):
+        return None
     try:
-        card = parent.folder / "README.md" if parent.folder else None
-        if card is None:
-            card = Path(hf_hub_download(parent.name, "README.md", revision=parent.commit or None))
         data = ModelCard.load(card, ignore_metadata_errors=True).data
-    except Exception:  # no card, none to be had, or none that can be read: it names no licence
+    except Exception:  # what is no YAML, in one of its parser's ways
         return None
     if not isinstance(data.license, str):
         return None

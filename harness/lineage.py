@@ -50,6 +50,22 @@ class Parent(NamedTuple):
             return f"./{self.name}"
         return f"{self.name}@{self.commit}" if self.commit else self.name
 
+    def file(self, name: str) -> Path | None:
+        """One of its small files; None where it has none, or the hub gives none now."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
+
+        if self.folder:
+            return self.folder / name if (self.folder / name).is_file() else None
+        logging.set_verbosity_error()  # of a hub that is not reached, what is missing says enough
+        for here_alone in (True, False):
+            try:
+                revision = self.commit or None
+                return Path(hf_hub_download(self.name, name, revision=revision, local_files_only=here_alone))
+            except Exception:  # the hub's client has a dozen of them, and all say the same here
+                continue
+        return None
+
 
 @dataclass(frozen=True)
 class Chosen:

@@ -203,15 +203,8 @@ def decoding(chosen: Chosen, step: Step | None) -> dict[str, Any]:
 
 def generation_config(parent: Parent) -> dict[str, Any]:
     """A checkpoint's own sampling, which fills in what it is not told; empty where it is not at hand."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        file = parent.folder / "generation_config.json" if parent.folder else None
-        if file is None:
-            file = Path(hf_hub_download(parent.name, "generation_config.json", revision=parent.commit or None))
-        found = read_json(file) or {}
-    except Exception:  # it has none, or the hub gives none now
-        return {}
+    file = parent.file("generation_config.json")
+    found = (read_json(file) if file else None) or {}
     return {key: found[key] for key in ("do_sample", "temperature", "top_p", "top_k", "min_p") if key in found}
 
 
