@@ -539,15 +539,15 @@ class Published:
         cost = None if per_hour is None else round(wall / 3600 * per_hour, 4)
         questions = list(self.questions())
         results: dict[str, Any] = {"rows": rows, "wall_s": round(wall, 3), "cost_usd": cost}
-        if at_end:
-            gains = evidence.gains(questions)
-            results["verdict"] = evidence.verdict(gains)
         if picked := [
             {"arm": step.arm, "seed": step.seed, "iteration": step.iteration, **record["facts"]}
             for step, record in done
             if step.stage.kind is choose.KIND
         ]:
             results["chosen"] = picked
+        if at_end:
+            gains = evidence.gains(questions)
+            results["verdict"] = evidence.verdict(gains)
             results["comparisons"] = [evidence.as_json(gain) for gain in gains]
             results["at_k"] = [evidence.as_json(gain) for gain in evidence.gains(evidence.of_several(questions))]
             self.arms = evidence.arms(questions)

@@ -25,12 +25,12 @@ from harness.view import (
     KIND_HEADS,
     PASS_HEADS,
     REPEAT_HEADS,
-    arm_cells,
     apart_cells,
+    arm_cells,
     change,
-    clock,
     choice_cells,
     choices,
+    clock,
     comparison_cells,
     dial_cells,
     in_order,
@@ -43,7 +43,6 @@ from harness.view import (
 HEADS = ("task", "checkpoint", "iteration", "correct", "accuracy", "95 % interval", "change", "tokens", "closed")
 FIGURE_HEADS = (
     "task",
-)
     "checkpoint",
     "iteration",
     "of the lead",
@@ -108,11 +107,11 @@ def picture(report: Report) -> dict[str, Any]:
         "by_arm": [charts.arms(title, mine) for title, mine in arm_lines(report).items()],
         "tables": list(tables(report, rows)),
         "dial": [charts.dial(task, mine) for task, mine in by_t(report).items()],
+        "apart": [charts.angles(f"angles: {whose}", rows) for whose, rows in layers(report).items() if rows],
         "curves": [charts.curve(title, logged) for title, logged in report.curves.items()],
         "questions": report.questions,
         "settings": "\n".join(f"{key}: {value}" for key, value in settings.items()),
         "commands": "\n".join(" ".join(command) for _, _, record in report.stages for command in record["commands"]),
-        "apart": [charts.angles(f"angles: {whose}", rows) for whose, rows in layers(report).items() if rows],
     }
 
 
@@ -176,10 +175,6 @@ def arm_lines(report: Report) -> dict[str, list[Row]]:
     return found
 
 
-def between(estimate: Estimate, scale: str = "percent") -> str:
-    """An interval: "17 % to 38 %", or plain numbers; empty where there is none."""
-    if math.isnan(estimate.low):
-        return ""
 def summaries(report: Report) -> dict[str, list[Summary]]:
     """The angles between weights by part, at every t of the dial; by whose they are."""
     ts = sorted({point.t for point in report.dial})
@@ -191,6 +186,10 @@ def layers(report: Report) -> dict[str, list[dict[str, Any]]]:
     return {whose: by_layer(found) for whose, found in report.apart.items()}
 
 
+def between(estimate: Estimate, scale: str = "percent") -> str:
+    """An interval: "17 % to 38 %", or plain numbers; empty where there is none."""
+    if math.isnan(estimate.low):
+        return ""
     if not math.isfinite(estimate.high):
         return f"{estimate.low:,.1f} or more"
     if scale == "percent":
@@ -220,11 +219,6 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "texts": 3,
         },
         {
-            "id": "dial",
-            "title": "The dial",
-            "note": " ".join(f"{line}." for line in evidence.cliffs(report.dial))
-            + " A t that is chosen by these scores is chosen on the test: other questions have to confirm it.",
-        {
             "id": "chosen",
             "title": "How t was chosen",
             "note": " ".join(f"{line[:1].upper()}{line[1:]}." for line in choices(report.chosen)),
@@ -232,15 +226,15 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "rows": choice_cells(report.chosen),
             "texts": 0,
         },
+        {
+            "id": "dial",
+            "title": "The dial",
+            "note": " ".join(f"{line}." for line in evidence.cliffs(report.dial))
+            + " A t that is chosen by these scores is chosen on the test: other questions have to confirm it.",
             "heads": DIAL_HEADS,
             "rows": dial_cells(report.dial),
             "texts": 1,
         },
-        {
-            "id": "scores",
-            "title": "Scores",
-            "note": f"The mean of {report.seeds} seeds." if report.seeds > 1 else "",
-            "heads": HEADS,
         {
             "id": "apart",
             "title": "Angles between the weights",
@@ -250,6 +244,11 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "rows": apart_cells(summaries(report)),
             "texts": 2,
         },
+        {
+            "id": "scores",
+            "title": "Scores",
+            "note": f"The mean of {report.seeds} seeds." if report.seeds > 1 else "",
+            "heads": HEADS,
             "rows": [cells(row, rows) for row in rows],
             "texts": 2,
         },

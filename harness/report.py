@@ -23,8 +23,8 @@ from thinkswitch_plugin.trace_stripping import split_trace
 
 LOGGED = re.compile(rb"\{'loss': [^{}]*\}")  # as the trainers print it
 CURVES = {"loss": "loss", "opd/kl": "KL to the teacher, nats a token"}
-SHOWN = 10  # questions side by side
 WEIGHTS = {"angles": "anchor and distilled instruct", "angles_came": "the pair as it came"}  # by a dial's steps
+SHOWN = 10  # questions side by side
 SIDES = (("instruct", 0), ("instruct", None), ("thinking", 0))  # None: the last iteration
 
 
@@ -74,10 +74,10 @@ class Report:
         cost_usd: of those, None without a price.
         by_arm: rows as `rows`, of every arm.
         at_k: as `comparisons`, by pass@k and maj@k, where questions were asked k times.
-    """
-
         apart: the weights that the dial interpolates, and those of the pair as it came, by what they are called.
         chosen: which t each iteration went on with, and why, where the run chose it; of the first arm and seed.
+    """
+
     name: str
     rows: list[dict[str, Any]]
     seeds: int
@@ -94,10 +94,10 @@ class Report:
     cost_usd: float | None
     by_arm: list[dict[str, Any]] = field(default_factory=list)
     at_k: list[Comparison] = field(default_factory=list)
-
-
     apart: dict[str, list[Apart]] = field(default_factory=dict)
     chosen: list[dict[str, Any]] = field(default_factory=list)
+
+
 def gather(out: Path, name: str) -> Report:
     """Read a run.
 
@@ -116,11 +116,11 @@ def gather(out: Path, name: str) -> Report:
     records = [(step, store.record(step["key"])) for step in noted["steps"]]
     done = [(step["iteration"], step["name"], record) for step, record in records if record]
     first = [step for step in noted["steps"] if place_of(step).startswith("iter_")]
+    about = (asked[0]["arm"], asked[0]["seed"])
+    turned = dial_of(out, name, asked)
     return Report(
         name=name,
         rows=evidence.pooled(asked) if seeds > 1 else results["rows"],
-    about = (asked[0]["arm"], asked[0]["seed"])
-    turned = dial_of(out, name, asked)
         seeds=seeds,
         comparisons=evidence.gains(asked),
         arms=evidence.arms(asked),
@@ -178,10 +178,6 @@ def dial_of(out: Path, name: str, asked: Sequence[evidence.Row]) -> list[Point]:
     return []
 
 
-def curves(store: Store, steps: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What the trainers printed as they went, by what it is."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for step in steps:
 def apart_of(out: Path, name: str) -> dict[str, list[Apart]]:
     """How far weights point apart, tensor by tensor, as the dial of a run found it; by whose they are."""
     store, found = Store(out / "stages"), {}
@@ -191,6 +187,10 @@ def apart_of(out: Path, name: str) -> dict[str, list[Apart]]:
     return found
 
 
+def curves(store: Store, steps: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What the trainers printed as they went, by what it is."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for step in steps:
         if step["name"] == "distill":
             for number, logged in enumerate(_logged(store.folder(step["key"]) / "log.txt"), start=1):
                 for key, title in CURVES.items():

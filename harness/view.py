@@ -146,9 +146,6 @@ class View:
                 self.bar.update(self.running[key], completed=now.done, total=now.total, phase=phase)
 
     def elsewhere(self, key: str) -> None:
-        """A stage goes on from what one that was stopped has left."""
-        self.say(f"{_name(self.places[key])}: goes on where it was stopped", "dim")
-
         """Another process works on a stage."""
         with self.lock:
             if key not in self.waiting:
@@ -185,10 +182,10 @@ class View:
             self._print(arm_table(arms))
         for line in results["verdict"]:
             self.say(line)
-        if self.quiet:
-            return
         for line in choices(results.get("chosen", [])):
             self.say(line)
+        if self.quiet:
+            return
         if cells := repeat_cells(of_first(several or rows)):
             self._print(_lines("questions asked k times", REPEAT_HEADS, cells, 2))
         if cells := pass_cells(rows):
@@ -294,8 +291,6 @@ def table(rows: Sequence[Row], title: str = "scores") -> Table:
     return result
 
 
-DIAL_HEADS = ("task", "t", "accuracy", "95 % interval", "closed", "tokens", "as the anchor")
-
 def choices(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which t each iteration went on with, and why: a line each; of several arms or seeds, by their names."""
     several = len({(one["arm"], one["seed"]) for one in found}) > 1
@@ -346,6 +341,8 @@ def apart_table(found: Mapping[str, Sequence[Summary]]) -> Table:
     """The angles between two checkpoints' weights; the last figures are shares of the way between the two."""
     return _lines("angles between the weights", APART_HEADS, apart_cells(found), 2)
 
+
+DIAL_HEADS = ("task", "t", "accuracy", "95 % interval", "closed", "tokens", "as the anchor")
 
 
 def dial_cells(found: Sequence[Point]) -> list[list[str]]:
