@@ -1,24 +1,30 @@
 """What the experiments on the embedded pair share: labels, a training, a score.
 
-Knows the recipes, the two domains and `harness.runner`, whose forks save the imports. Every result is kept in the
-lab's folder and not made again.
+Knows the recipes, the two domains, `harness.runner`, whose forks save the imports, and `harness.store`: labels,
+trainings and scores are kept under the hash of all they read, as the loop's stages are, and not made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
 
+from harness import asking, tasks
+from harness.files import write_json
+from harness.loop import code_of, versions
 from harness.runner import LocalRunner, has_accelerator
+from harness.stages import OWN, RECIPE, External, Keys, Kind, Source, Stage, distill, dump, placed, slot
+from harness.store import Known, Store, is_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -47,33 +53,9 @@ def start_runner(out: Path) -> LocalRunner:
     return LocalRunner(out / "preload.log", preloaded=not has_accelerator())
 
 
-def trained(
-    folder: Path, recipe: str, data: list[Path], runner: LocalRunner, threads: int | None = None, **changes: Any
-) -> Path:
-    """What `axolotl train` leaves of a shipped recipe, trained once: a folder that is done is left as it is.
-
-    Args:
-        folder: the `output_dir`.
-        recipe: its name, without `.yml`.
-        data: files for the recipe's first dataset entry.
-        runner: runs the command.
-        threads: of its arithmetic; None for as many as the tool takes.
-        changes: keys of the recipe; a mapping is laid over the recipe's own, None takes a key out.
-    """
-    if (folder / "done").exists():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    settings = yaml.safe_load((RECIPES / f"{recipe}.yml").read_text())
-    settings.update(output_dir=str(folder), datasets=[{**settings["datasets"][0], "path": str(file)} for file in data])
-    for key, value in changes.items():
-        settings[key] = {**settings.get(key, {}), **value} if isinstance(value, Mapping) else value
-    file = folder / "recipe.yml"
-    file.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
-    environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    runner.run(["axolotl", "train", str(file), "--launcher", "python"], environment, folder / "log.txt")
-    (folder / "done").touch()
-    return folder
+ASK = Kind("labels", "thinking answers", asking.TOOLS)
+TRAIN = Kind("trained", "a checkpoint learns", distill.TOOLS)
+LEFT, MERGED = "left", "left/merged"  # what a training leaves, in its stage's folder
 
 
 class Lab:
@@ -82,63 +64,111 @@ class Lab:
     def __init__(self, out: Path, runner: LocalRunner):
         """`out` keeps everything."""
         self.out, self.runner = out.resolve(), runner
+        self.store, self.known = Store(self.out / "stages"), Known(self.out / ".known.json")
+        self.keys = Keys(versions(tuple(dict.fromkeys((*ASK.tools, *TRAIN.tools)))))
 
     def labels(self, task: str) -> Path:
         """The thinking checkpoint's answers to a domain's training prompts, as lm-eval logs them."""
-        file = self.out / "labels" / f"{task}.jsonl"
-        if not file.exists():
-            folder = file.with_suffix("")
-            folder.mkdir(parents=True, exist_ok=True)
-            settings = yaml.safe_load((RECIPES / "generate_labels.yml").read_text())
-            settings["model_args"]["pretrained"] = str(THINKING)
-            settings.update(tasks=[f"{task}_prompts"], output_path=str(folder / "results.json"))
-            (folder / "recipe.yml").write_text(yaml.safe_dump(settings))
-            self.runner.run(["lm_eval", "run", "--config", str(folder / "recipe.yml")], {}, folder / "log.txt")
-            (samples,) = folder.glob(f"samples_{task}_prompts_*.jsonl")
-            shutil.move(samples, file)
-        return file
+        name = f"{task}_prompts"
+        settings = yaml.safe_load((RECIPES / "generate_labels.yml").read_text())
+        settings["model_args"]["pretrained"] = slot("thinking")
+        settings.update(tasks=[name], output_path=f"{OWN}/results.json")
+        (asked,) = tasks.find([name], None, self.out / ".tasks.json")[name]
+        command = ("lm_eval", "run", "--config", f"{OWN}/{RECIPE}")
+        inputs = {"thinking": External(str(THINKING), self.known.checkpoint(THINKING))}
+        folder = self.made(Stage(ASK, {RECIPE: settings}, (command,), inputs, tasks={name: asked.definition}))
+        (samples,) = folder.glob(f"samples_{name}_*.jsonl")
+        return samples
 
-    def train(self, name: str, recipe: str, start: Path, data: list[Path], seed: int, **changes: Any) -> Path:
+    def train(self, recipe: str, start: Path, data: list[Path], seed: int, merge: bool = False, **changes: Any) -> Path:
         """`trained`, in float32 LoRA; on-policy, the thinking checkpoint is the teacher if `changes` name no other."""
-        folder = self.out / name
-        same = {
-            **LORA,
-            "base_model": str(start),
-            "dataset_prepared_path": str(folder / "prepared"),
-            "seed": seed,
-            "save_only_model": True,
-            "save_total_limit": 1000,
-        }
+        same = {**LORA, "base_model": str(start), "seed": seed, "save_only_model": True, "save_total_limit": 1000}
         if recipe == "on_policy_kl":
-            block = {"teacher": str(THINKING), "show_every": 0, **changes.pop("on_policy_kl", {})}
-            changes["on_policy_kl"] = block
-        trained(folder, recipe, data, self.runner, **{**same, **changes})
-        shutil.rmtree(folder / "prepared", ignore_errors=True)
+            changes["on_policy_kl"] = {"teacher": str(THINKING), "show_every": 0, **changes.pop("on_policy_kl", {})}
+        return self.trained(recipe, data, merge, **{**same, **changes})
+
+    def trained(
+        self, recipe: str, data: list[Path], merge: bool = False, threads: int | None = None, **changes: Any
+    ) -> Path:
+        """The folder of a shipped recipe's training, made once: `left/` in it is an adapter, or a whole checkpoint.
+
+        Args:
+            recipe: its name, without `.yml`.
+            data: files for the recipe's first dataset entry.
+            merge: merge the adapter, into `left/merged/`.
+            threads: of its arithmetic; None for as many as the tool takes.
+            changes: keys of the recipe; a mapping is laid over the recipe's own, None takes a key out. A path in them
+                is known by what lies there.
+        """
+        settings = yaml.safe_load((RECIPES / f"{recipe}.yml").read_text())
+        settings["datasets"] = [{**settings["datasets"][0], "path": str(file)} for file in data]
+        for key, value in changes.items():
+            settings[key] = {**settings.get(key, {}), **value} if isinstance(value, Mapping) else value
+        settings.update(output_dir=f"{OWN}/{LEFT}", dataset_prepared_path=f"{OWN}/prepared")
+        settings = {key: value for key, value in settings.items() if value is not None}
+        inputs: dict[str, Source] = {}
+        file = f"{OWN}/{RECIPE}"
+        commands = [("axolotl", "train", file, "--launcher", "python")]
+        if merge:
+            commands.append(("axolotl", "merge-lora", file, "--lora-model-dir", f"{OWN}/{LEFT}"))
+        stage = Stage(TRAIN, {RECIPE: self.reading(settings, inputs)}, tuple(commands), inputs)
+        return self.made(stage, {} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+
+    def reading(self, value: Any, inputs: dict[str, Source]) -> Any:
+        """A recipe with a stand-in for every file and checkpoint it names, which goes to `inputs` with what it is."""
+        if isinstance(value, dict):
+            return {key: self.reading(inner, inputs) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.reading(inner, inputs) for inner in value]
+        if isinstance(value, str) and value.startswith("/"):
+            path = Path(value)
+            if path.is_file() or (path.is_dir() and is_checkpoint(path)):
+                name = f"input{len(inputs)}"
+                inputs[name] = External(value, self.known.path(path))
+                return slot(name)
+        return value
+
+    def made(self, stage: Stage, environment: Mapping[str, str] = {}) -> Path:
+        """A stage's folder, done now or before."""
+        key = self.keys[stage]
+        folder = self.store.folder(key)
+        if self.store.record(key) is None:
+            self.store.clear(key)
+            paths = {"stage": str(folder)}
+            paths |= {name: source.path for name, source in stage.inputs.items() if isinstance(source, External)}
+            for name, recipe in stage.recipes.items():
+                (folder / name).write_text(dump(placed(recipe, paths)), encoding="utf-8")
+            for command in placed(stage.commands, paths):
+                self.runner.run(command, environment, folder / "log.txt")
+            shutil.rmtree(folder / "prepared", ignore_errors=True)
+            self.store.finish(key, {"reads": self.keys.material(stage)})
+            self.known.save()
         return folder
 
-    def merge(self, folder: Path) -> Path:
-        """The trained adapter merged into its base."""
-        if not (folder / "merged").exists():
-            command = ["axolotl", "merge-lora", str(folder / "recipe.yml"), "--lora-model-dir", str(folder)]
-            self.runner.run(command, {}, folder / "log.txt")
-        return folder / "merged"
-
-    def curve(self, start: Path, folder: Path, task: str, questions: int = world.TEST) -> dict[int, float]:
-        """Greedy held-out accuracy by update: of `start`, at 0, and of every adapter that a training saved."""
-        file = folder / f"curve_{task}.json"
+    def scored(self, reads: Mapping[str, Any], score: Callable[[], Any]) -> Any:
+        """What `score` returns, plain data, kept under the hash of what it reads and of the code that scores."""
+        code = code_of([Path(score.__code__.co_filename), ROOT / "tasks/answers.py", RECIPES / "mini/world.py"])
+        said = {**reads, "code": code, "tools": self.keys.versions}
+        name = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        file = self.out / "scores" / f"{name}.json"
         if not file.exists():
-            file.write_text(json.dumps(score_checkpoints(start, folder, task, questions)))
-        return {int(step): value for step, value in json.loads(file.read_text()).items()}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"reads": said, "found": score()})
+        return json.loads(file.read_text(encoding="utf-8"))["found"]
+
+    def curve(self, start: Path, folder: Path | None, task: str, questions: int = world.TEST) -> dict[int, float]:
+        """Greedy held-out accuracy by update: of `start`, at 0, and of every adapter that a training saved."""
+        reads = {"start": self.known.checkpoint(start), "trained": folder and folder.name, "task": task, "n": questions}
+        found = self.scored(reads, lambda: score_checkpoints(start, folder and folder / LEFT, task, questions))
+        return {int(step): value for step, value in found.items()}
 
     def score(self, checkpoint: Path, task: str, questions: int = world.TEST) -> float:
         """Greedy held-out accuracy of one checkpoint."""
-        folder = self.out / "scores" / f"{'_'.join(checkpoint.parts[-2:])}_{questions}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return self.curve(checkpoint, folder, task, questions)[0]
+        return self.curve(checkpoint, None, task, questions)[0]
 
 
-def score_checkpoints(start: Path, folder: Path, task: str, questions: int) -> dict[int, float]:
-    """Accuracy of `start`, at 0, and of every `checkpoint-N` adapter in a folder, at N.
+def score_checkpoints(start: Path, folder: Path | None, task: str, questions: int) -> dict[int, float]:
+    """Accuracy of `start`, at 0, and of every `checkpoint-N` adapter in a folder, if there is one, at N.
 
     The questions are the first of the domain's test split; 200 of them are the task's.
     """
@@ -149,7 +179,7 @@ def score_checkpoints(start: Path, folder: Path, task: str, questions: int) -> d
     grade = getattr(module(ROOT / "tasks/answers.py"), GRADERS[task])
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     docs = world.test_rows(task, questions)
-    saved = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
+    saved = {int(path.name.split("-")[1]): path for path in (folder.glob("checkpoint-*") if folder else ())}
     curve = {}
     for step in (0, *sorted(saved)):
         model = AutoModelForCausalLM.from_pretrained(start)

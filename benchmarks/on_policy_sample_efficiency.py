@@ -1,20 +1,23 @@
 r"""How many updates and prompts each way of teaching the instruct checkpoint needs, on `mini_math`, over several seeds.
 
-    python benchmarks/on_policy_sample_efficiency.py [--seeds 3 --updates 150 --prompts 1200 --out FOLDER]
+    python benchmarks/on_policy_sample_efficiency.py [--seeds 3 --updates 150 --prompts 1200 --out FOLDER] [--record]
     python benchmarks/on_policy_sample_efficiency.py --methods answer_only,on_policy_jsd --updates 16 --rate 1.4e-3 \
-        --warmup 8
+        --warmup 8 --beside-grpo
+    python benchmarks/on_policy_sample_efficiency.py --methods answer_only,on_policy_jsd --prompts 256
+    python benchmarks/on_policy_sample_efficiency.py --methods on_policy_jsd,on_policy_forward,on_policy_trace --seeds 1
 
     answer_only      the thinking checkpoint's answers, traces removed (instruct_distill.yml)
     on_policy_plain  reverse KL on the student's rollouts; the thinking checkpoint judges, on the student's prompt
     on_policy_trace  the same, the teacher reading its own trace first (on_policy_kl.yml)
-    on_policy_jsd    as on_policy_trace, minimising JSD (β = 0.5) instead of reverse KL
+    on_policy_jsd    as on_policy_trace, minimising JSD (β = 0.5) instead of reverse KL; on_policy_forward, forward KL
     warm_jsd         a third of the updates answer-only, the rest on_policy_jsd
     grpo             Axolotl's GRPO, exact-match reward on the gold answer, 8 completions a prompt
 
 Every method trains the same LoRA in float32 on the same prompts, 64 sequences an update; learning rates are
 each method's best of a search (`RATES`, docs/results.md). Accuracy is greedy, on the 200 held-out questions, graded as
-the lm-eval task does. Finished runs are kept in --out and not run again. Writes the curves as JSON and SVG there, and
-ends with one line of JSON: `updates_to_target` counts to the worst seed's best of GRPO.
+the lm-eval task does. Finished runs are kept in --out, by all they read, and not run again. Ends with one line of JSON:
+the curves; `updates_to_target`, to the worst seed's best of GRPO; with `--beside-grpo`, the updates after which GRPO's
+curve of 150 is where each method ends on average, seed by seed, and `ratio`, how many of the method's updates are one.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from mini_lab import INSTRUCT, Lab, mean_and_interval, start_runner
+from mini_lab import INSTRUCT, MERGED, Lab, mean_and_interval, start_runner
+from record import Recorder
 
 HERE = Path(__file__).stem
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # GRPO finds its reward here
@@ -39,6 +43,7 @@ RATES = {
     "on_policy_plain": 2e-3,
     "on_policy_trace": 2e-3,
     "on_policy_jsd": 2e-3,
+    "on_policy_forward": 2e-3,
     "warm_jsd": 2e-3,
     "grpo": 2e-4,
 }
@@ -46,7 +51,10 @@ BLOCKS = {
     "on_policy_plain": {"context": "prompt", "divergence": "reverse_kl"},
     "on_policy_trace": {"divergence": "reverse_kl"},
     "on_policy_jsd": {"divergence": "jsd"},
+    "on_policy_forward": {"divergence": "forward_kl"},
 }
+METHODS = ("answer_only", "on_policy_plain", "on_policy_trace", "on_policy_jsd", "warm_jsd", "grpo")
+LONG = 150  # updates of the curves that short schedules are held against
 
 
 def gold(question: str) -> int:
@@ -68,20 +76,18 @@ def as_prompt(cfg: Any, *_: Any, **__: Any) -> Any:
     }
 
 
-def first_prompts(labels: Path, count: int) -> Path:
-    """The first prompts of a file, with their labels, as a file."""
+def first_prompts(labels: Path, count: int, out: Path) -> Path:
+    """The first prompts of a file, with their labels, as a file in `out`."""
     lines = labels.read_text(encoding="utf-8").splitlines(keepends=True)
     if count >= len(lines):
         return labels
-    some = labels.with_name(f"{labels.stem}_{count}.jsonl")
+    some = out / f"first_{count}.jsonl"
     some.write_text("".join(lines[:count]), encoding="utf-8")
     return some
 
 
 def curve(lab: Lab, method: str, updates: int, prompts: int, seed: int, **changes: Any) -> dict[int, float]:
     """Held-out accuracy by update of one run."""
-    name = f"{method}_{prompts}_{updates}_{seed}" + "".join(f"_{key}_{value}" for key, value in changes.items())
-    name = re.sub(r"[^\w.-]+", "_", name)
     settings: dict[str, Any] = {
         "micro_batch_size": BATCH,
         "max_steps": updates,
@@ -92,9 +98,9 @@ def curve(lab: Lab, method: str, updates: int, prompts: int, seed: int, **change
         "logging_steps": min(EVERY, updates),
         **changes,
     }
-    labels = first_prompts(lab.labels(TASK), prompts)
+    labels = first_prompts(lab.labels(TASK), prompts, lab.out)
     if method == "grpo":
-        asked = labels.with_name(f"grpo_{prompts}.jsonl")
+        asked = lab.out / f"grpo_{prompts}.jsonl"
         rows = [json.loads(line)["doc"]["messages"] for line in labels.open(encoding="utf-8")]
         asked.write_text(
             "".join(json.dumps({"messages": row, "answer": gold(row[-1]["content"])}) + "\n" for row in rows)
@@ -113,15 +119,17 @@ def curve(lab: Lab, method: str, updates: int, prompts: int, seed: int, **change
         if updates < 3 * EVERY:
             raise SystemExit(f"warm_jsd: {updates} updates cannot be parted; give at least {3 * EVERY}")
         first = updates // 3 // EVERY * EVERY
-        begun = curve(lab, "answer_only", first, prompts, seed, lr_scheduler="constant")
-        warm = lab.merge(lab.out / f"answer_only_{prompts}_{first}_{seed}_lr_scheduler_constant")
+        constant = {**settings, "max_steps": first, "lr_scheduler": "constant", "learning_rate": RATES["answer_only"]}
+        begun = lab.train("instruct_distill", INSTRUCT, [labels], seed, merge=True, **constant)
+        warm = begun / MERGED
         settings.update(max_steps=updates - first, on_policy_kl=BLOCKS["on_policy_jsd"])
-        folder = lab.train(name, "on_policy_kl", warm, [labels], seed, **settings)
-        return {**begun, **{step + first: value for step, value in lab.curve(warm, folder, TASK).items() if step}}
+        folder = lab.train("on_policy_kl", warm, [labels], seed, **settings)
+        found = lab.curve(INSTRUCT, begun, TASK)
+        return {**found, **{step + first: value for step, value in lab.curve(warm, folder, TASK).items() if step}}
     if method in BLOCKS:
         settings["on_policy_kl"] = {**BLOCKS[method], **settings.get("on_policy_kl", {})}
     recipe = "on_policy_kl" if method in BLOCKS else "instruct_distill"
-    return lab.curve(INSTRUCT, lab.train(name, recipe, INSTRUCT, [labels], seed, **settings), TASK)
+    return lab.curve(INSTRUCT, lab.train(recipe, INSTRUCT, [labels], seed, **settings), TASK)
 
 
 def reached(found: dict[int, float], target: float) -> float:
@@ -136,25 +144,11 @@ def reached(found: dict[int, float], target: float) -> float:
     return float("inf")
 
 
-def draw(curves: dict[str, list[dict[int, float]]], path: Path) -> None:
-    """The mean curves with the range over seeds, as SVG."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for name, runs in curves.items():
-        steps = sorted(set.intersection(*(set(run) for run in runs)))
-        values = [[run[step] for run in runs] for step in steps]
-        (line,) = axes.plot(steps, [statistics.fmean(v) for v in values], marker="o", ms=3, label=name)
-        low, high = [min(v) for v in values], [max(v) for v in values]
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
-    axes.set(xlabel=f"updates of {BATCH} sequences", ylabel="accuracy on mini_math, held out")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+def band(runs: list[dict[int, float]]) -> dict[int, list[float]]:
+    """Mean, least and most over seeds, by update."""
+    steps = sorted(set.intersection(*(set(run) for run in runs)))
+    values = {step: [run[step] for run in runs] for step in steps}
+    return {step: [statistics.fmean(found), min(found), max(found)] for step, found in values.items()}
 
 
 def main() -> None:
@@ -162,12 +156,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--prompts", type=int, default=1200)
-    parser.add_argument("--methods", default=",".join(RATES))
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--rate", type=float, help="learning rate instead of each method's own")
     parser.add_argument("--warmup", type=int, help="updates of warm-up instead of the recipe's")
+    parser.add_argument("--beside-grpo", action="store_true", help=f"hold them against GRPO's curve of {LONG} updates")
     parser.add_argument("--out", type=Path, default=Path("runs/sample_efficiency"))
+    recorder = Recorder(parser)
     asked = parser.parse_args()
     curves: dict[str, list[dict[int, float]]] = {}
+    grpo: list[dict[int, float]] = []
     changes = {"learning_rate": asked.rate, "warmup_steps": asked.warmup}
     changes = {key: value for key, value in changes.items() if value is not None}
     with start_runner(asked.out) as runner:
@@ -178,16 +175,21 @@ def main() -> None:
                 curves.setdefault(method, []).append(found)
                 line = " ".join(f"{value:.3f}" for _, value in sorted(found.items()))
                 print(f"seed {seed}  {method:16} {line}", flush=True)
-    curves_file = asked.out / f"curves_{asked.prompts}_{asked.updates}.json"
-    curves_file.write_text(json.dumps(curves, indent=1))
-    draw(curves, curves_file.with_suffix(".svg"))
+            if asked.beside_grpo:
+                grpo.append(curve(lab, "grpo", LONG, asked.prompts, seed))
     summary: dict[str, Any] = {"updates": asked.updates, "prompts": asked.prompts, "seeds": asked.seeds}
     summary["final"] = {name: mean_and_interval([run[max(run)] for run in runs]) for name, runs in curves.items()}
+    summary["mean_low_high"] = {name: band(runs) for name, runs in curves.items()}
     if "grpo" in curves:
         target = min(max(run.values()) for run in curves["grpo"])
-        to_target = {name: [round(reached(run, target), 1) for run in runs] for name, runs in curves.items()}
+        to_target = {name: [reached(run, target) for run in runs] for name, runs in curves.items()}
         summary.update(target=target, updates_to_target=to_target)
-    print(json.dumps(summary))
+    if grpo:
+        needs = {name: [reached(run, mean) for run in grpo] for name, (mean, _) in summary["final"].items()}
+        ratio = {name: statistics.fmean(found) / asked.updates for name, found in needs.items()}
+        summary.update(grpo=grpo, grpo_is_there_after=needs, ratio=ratio)
+    name = f"sample_efficiency_{asked.updates}_{asked.prompts}" + ("" if asked.seeds > 1 else "_one_seed")
+    recorder.keep(asked, name, {**summary, "curves": curves})
 
 
 if __name__ == "__main__":

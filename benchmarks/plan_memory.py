@@ -1,19 +1,18 @@
 """Peak memory on the CPU as the plan predicts it, beside what the command then used, step by step.
 
-    python benchmarks/plan_memory.py [--only embedded]
+    python benchmarks/plan_memory.py [--only embedded] [--record]
 
 The shipped recipes on the embedded pair, eight steps each, and the same on two random checkpoints of Qwen3-0.6B's
 shape, two steps of four rows. These are made in a temporary folder, 2.4 GB; Think-at-Hard then takes 12 GB of memory.
 Predicted is what `ts-loop plan` asks for; the rows are here and so are measured, and `axolotl tah-label` has counted
 the hard tokens. Of an evaluation prompts and answers are as long as they were, not as the plan's ceiling has them.
 Used is the peak resident memory that the loop notes of a command, a fork of a process that has imported the tools; the
-embedded pair's is the median of three runs. Prints a table, and ends with one line of JSON: MiB by checkpoint and step.
+embedded pair's is the median of three runs. Ends with one line of JSON: MiB by checkpoint and step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 
 import yaml
 from mini_lab import INSTRUCT, RECIPES, ROOT, THINKING, module
+from record import Recorder
 
 from harness import asking, card
 from harness.config import read_yaml
@@ -140,26 +140,25 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["embedded", "0.6B"])
-    only = parser.parse_args().only
+    recorder = Recorder(parser)
+    asked = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory() as name:
         on = forecast.device(card.at_hand(), False, None, Path(name) / "plan.json")
-        for size in [only] if only else ["embedded", "0.6B"]:
+        for size in [asked.only] if asked.only else ["embedded", "0.6B"]:
             folder = Path(name) / size
             folder.mkdir()
             pair = embedded() if size == "embedded" else true_shape(folder)
             with LocalRunner(folder / "preload.log", preloaded=True) as runner:
                 for step, predicted, used in Bench(pair, folder, runner, on).steps():
                     print(size, step, round(predicted / MIB), [round(one / MIB) for one in used], flush=True)
-                    found[f"{size} {step}"] = predicted / MIB, [one / MIB for one in used]
-    print("| checkpoint | step | predicted | used | |\n| --- | --- | --- | --- | --- |")
-    for row, (predicted, used) in found.items():
-        size, step = row.split(" ")
-        middle = statistics.median(used)
-        each = f" ({', '.join(f'{one:,.0f}' for one in sorted(used))})" if len(used) > 1 else ""
-        print(f"| {size} | {step} | {predicted:,.0f} | {middle:,.0f}{each} | {predicted / middle - 1:+.0%} |")
-    rows = {row: [round(predicted), *map(round, used)] for row, (predicted, used) in found.items()}
-    print(json.dumps({"floor": round(on.floor / MIB), **rows}))
+                    found[size, step] = predicted / MIB, [one / MIB for one in used]
+    rows = [
+        {"checkpoint": size, "step": step, "predicted": predicted, "used": used, "off": predicted / middle - 1}
+        for (size, step), (predicted, used) in found.items()
+        for middle in [statistics.median(used)]
+    ]
+    recorder.keep(asked, "plan_memory", {"unit": "MiB", "floor": on.floor / MIB, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 """What fits which card: the plan's peak memory of Qwen3's sizes with the recipes of qwen3_4b, as a table.
 
-    python benchmarks/plan_table.py
+    python benchmarks/plan_table.py [--record]
 
 Nothing is downloaded: the shapes are those of the public configs. A size is planned with the 4B's recipes as they are
-(NF4 where they say so, answers of 16,384 tokens, rows as long as they may be); `bf16` is answering without NF4. Prints
-Markdown: each stage's peak in GB, and which of them fit a card.
+(NF4 where they say so, answers of 16,384 tokens, rows as long as they may be); `bf16` is answering without NF4. Ends
+with one line of JSON: each stage's peak in bytes, the bytes that a card gives, and what `ts-loop plan` says of the
+paper's setting at 25 tokens a second.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from record import Recorder
 
 from harness.card import of_size
 from harness.config import read_yaml, recipes_folder
@@ -64,8 +70,21 @@ def peaks(folder: Path) -> dict[str, float]:
     return found
 
 
+def papers_setting(folder: Path) -> dict[str, Any]:
+    """What `ts-loop plan` says of three iterations with the 4B pair on a card of 8 GB."""
+    pair = ["--instruct", str(folder), "--thinking", f"{folder}-teacher"]
+    command = ["ts-loop", "plan", "--config", str(RECIPES / "loop.yml"), "--vram", "8", "--speed", "25,900", "--json"]
+    where = Path(sys.executable).with_name(command[0])
+    said = json.loads(subprocess.run([where, *command[1:], *pair], check=True, stdout=subprocess.PIPE).stdout)
+    kept = ("name", "memory", "tokens", "seconds", "leaves", "notes")
+    return {**said, "stages": [{key: stage[key] for key in kept} for stage in said["stages"]]}
+
+
 def main() -> None:
-    """Print the table."""
+    """The peaks, then the paper's setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    recorder = Recorder(parser)
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         rows = {}
         for size, config in SIZES.items():
@@ -73,14 +92,10 @@ def main() -> None:
                 folder.mkdir()
                 (folder / "config.json").write_text(json.dumps(COMMON | config))
             rows[size] = peaks(Path(name) / size)
-    stages = list(rows["4B"])
-    print(f"| Qwen3 | {' | '.join(stages)} |\n|{'---|' * (len(stages) + 1)}")
-    for size, found in rows.items():
-        print(f"| {size} | {' | '.join(f'{peak / 1e9:.1f}' for peak in found.values())} |")
-    print(f"\n| Qwen3 | {' | '.join(f'{card} GB' for card in CARDS)} |\n|{'---|' * (len(CARDS) + 1)}")
-    for size, found in rows.items():
-        cells = ("; ".join(stage for stage, peak in found.items() if peak <= of_size(card).memory) for card in CARDS)
-        print(f"| {size} | {' | '.join(cell if cell else 'none' for cell in cells)} |")
+            print(size, *(f"{stage} {peak / 1e9:.1f}" for stage, peak in rows[size].items()), sep="  ", flush=True)
+        planned = papers_setting(Path(name) / "4B")
+    cards = {str(card): of_size(card).memory for card in CARDS}
+    recorder.keep(asked, "plan_table", {"peaks": rows, "cards": cards, "plan": planned})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does a second pass help? Single-pass, always-twice and Think-at-Hard on the same data, updates and start.
 
-    python benchmarks/tah_quality.py [--seeds 3 --base 800 --steps 1300 --out runs/tah_quality]
+    python benchmarks/tah_quality.py [--seeds 3 --base 800 --steps 1300 --out runs/tah_quality] [--record]
 
 The domain is `a*b+c` with two-digit a and c, answered at once: the answer repeats the problem and gives the number,
 whose digits each depend on several steps. From the embedded instruct checkpoint, a backbone is trained until it is
@@ -14,8 +14,8 @@ updates (`axolotl train` on the shipped recipes, changed where it is said below)
 
 Scores are exact matches on held-out problems, each prediction read after the right tokens before it, which is right
 exactly where greedy decoding is. The number of passes is counted over the answer's tokens. Two trainings run side by
-side; what is done is kept in the folder and not made again. Ends with one line of JSON: means and 95 % intervals over
-seeds.
+side; what is done is kept in the folder, by all it reads, and not made again. Ends with one line of JSON: each seed's
+scores, means and 95 % intervals over seeds.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
 
-from mini_lab import INSTRUCT, mean_and_interval, start_runner, trained
+from mini_lab import INSTRUCT, LEFT, Lab, mean_and_interval, start_runner
+from record import Recorder
 
-from harness.runner import LocalRunner
 from thinkswitch_plugin.trace_stripping.args import PLUGIN as TRACE_STRIPPING
 
 BATCH = 64  # problems an update
@@ -64,9 +64,10 @@ def problems(seed: int, test: bool) -> list[dict[str, Any]]:
 class Arms:
     """The trainings of one seed."""
 
-    def __init__(self, out: Path, runner: LocalRunner, seed: int, base_steps: int, steps: int, rates: dict[str, float]):
-        """Everything goes to `out`."""
-        self.out, self.runner, self.seed, self.rates = out, runner, seed, rates
+    def __init__(self, lab: Lab, seed: int, base_steps: int, steps: int, rates: dict[str, float]):
+        """`lab` keeps what is trained."""
+        self.lab, self.seed, self.rates = lab, seed, rates
+        self.out = lab.out / f"seed_{seed}"
         self.out.mkdir(parents=True, exist_ok=True)
         self.data = {"base": base_steps, "arms": steps}
         every, first = problems(seed, test=False), BATCH * base_steps
@@ -79,11 +80,10 @@ class Arms:
             lines = [json.dumps(row) + "\n" for row in every[begin : begin + BATCH * count]]
             (self.out / f"{name}.jsonl").write_text("".join(lines))
 
-    def train(self, name: str, recipe: str, start: Path, data: str, rate: float, **changes: Any) -> Path:
+    def train(self, recipe: str, start: Path, data: str, rate: float, **changes: Any) -> Path:
         """`trained`, on this seed's data, an update a batch of fresh problems; the checkpoint it leaves."""
         same = {
             "base_model": str(start),
-            "dataset_prepared_path": str(self.out / "prepared"),
             "micro_batch_size": BATCH,
             "num_epochs": 1,
             "max_steps": self.data[data],
@@ -95,28 +95,25 @@ class Arms:
         }
         files = [self.out / f"{data}.jsonl"]
         with CORES:
-            return trained(self.out / name, recipe, files, self.runner, threads=1, **{**same, **changes})
+            return self.lab.trained(recipe, files, threads=1, **{**same, **changes}) / LEFT
 
     def run(self) -> dict[str, dict[str, float]]:
         """All arms, then their scores."""
         plain = {"adapter": None, "tah": None, "plugins": [TRACE_STRIPPING]}
         rate = self.rates["arms"]
-        base = self.train("base_model", "tah_backbone", INSTRUCT, "base", self.rates["base"], **plain)
-        single = self.train("single", "tah_backbone", base, "arms", rate, **plain)
+        base = self.train("tah_backbone", INSTRUCT, "base", self.rates["base"], **plain)
+        single = self.train("tah_backbone", base, "arms", rate, **plain)
         # The adapter has a rank for this width, and no dropout on rows that come once.
         tah = {"reference": str(single), "unsure_below": UNSURE, "lora_dropout": 0.0}
         with ThreadPoolExecutor(1) as beside:
-            twice = beside.submit(
-                self.train, "always", "tah_backbone", base, "arms", rate, tah={**tah, "policy": "always"}
-            )
-            oracle = self.train("oracle", "tah_backbone", base, "arms", rate, tah=tah)
-            learned = self.train("learned", "tah_decider", oracle, "arms", self.rates["decider"], tah=DECIDER)
+            twice = beside.submit(self.train, "tah_backbone", base, "arms", rate, tah={**tah, "policy": "always"})
+            oracle = self.train("tah_backbone", base, "arms", rate, tah=tah)
+            learned = self.train("tah_decider", oracle, "arms", self.rates["decider"], tah=DECIDER)
             always = twice.result()
         arms = {"base": base, "single": single, "always": always, "oracle": oracle, "learned": learned}
-        found = self.out / "scores.json"
-        if not found.exists():
-            found.write_text(json.dumps(score(arms)))
-        return json.loads(found.read_text())
+        reads = {name: self.lab.known.checkpoint(folder) for name, folder in arms.items()}
+        found: dict[str, dict[str, float]] = self.lab.scored(reads, lambda: score(arms))
+        return found
 
 
 def score(arms: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -174,13 +171,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1300, help="updates of every arm")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of every arm")
     parser.add_argument("--out", type=Path, default=Path("runs/tah_quality"))
+    recorder = Recorder(parser)
     asked = parser.parse_args()
     rates = {"base": 2e-3, "arms": asked.rate, "decider": 1e-3}
     with start_runner(asked.out) as runner, ThreadPoolExecutor(asked.seeds) as pool:
+        lab = Lab(asked.out, runner)
 
         def one(seed: int) -> dict[str, dict[str, float]]:
-            folder = asked.out.resolve() / f"seed_{seed}"
-            found = Arms(folder, runner, seed, asked.base, asked.steps, rates).run()
+            found = Arms(lab, seed, asked.base, asked.steps, rates).run()
             print(f"seed {seed}  {found}", flush=True)
             return found
 
@@ -190,20 +188,19 @@ def main() -> None:
     def over(arm: str, other: str) -> list[float]:
         return mean_and_interval([100 * (seed[arm]["accuracy"] - seed[other]["accuracy"]) for seed in seeds])
 
-    print(
-        json.dumps(
-            {
-                "accuracy": points,
-                "passes": {arm: mean_and_interval([seed[arm]["passes"] for seed in seeds]) for arm in seeds[0]},
-                "learned_over_single": over("learned", "single"),
-                "oracle_over_single": over("oracle", "single"),
-                "learned_over_always": over("learned", "always"),
-                "base_updates": asked.base,
-                "updates": asked.steps,
-                "rate": asked.rate,
-            }
-        )
-    )
+    figures = {
+        "seeds": seeds,
+        "accuracy": points,
+        "passes": {arm: mean_and_interval([seed[arm]["passes"] for seed in seeds]) for arm in seeds[0]},
+        "learned_over_single": over("learned", "single"),
+        "oracle_over_single": over("oracle", "single"),
+        "learned_over_always": over("learned", "always"),
+        "problems": TEST,
+        "base_updates": asked.base,
+        "updates": asked.steps,
+        "rate": asked.rate,
+    }
+    recorder.keep(asked, "tah_quality", figures)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from record import Recorder
+
 from harness.card import at_hand
 from harness.checks import described_checkpoint
 from harness.costs.shape import read_shape
@@ -106,6 +109,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, nargs=2, default=(256, 2048), help="of short and of long answers")
     parser.add_argument("--rounds", type=int, default=3)
+    recorder = Recorder(parser)
     asked = parser.parse_args()
     asked.batch = asked.batch or planned(asked)
     questions = (ROOT / "tasks/mini_math/prompts.jsonl").read_text(encoding="utf-8").splitlines()[: asked.prompts]
@@ -131,7 +135,7 @@ def main() -> None:
         "batch": {side: batch_of(model, asked) for side, (_, model) in sides.items()},
         "device": device_name(asked.device),
     }
-    print(json.dumps(found))
+    recorder.keep(asked, "labels_speed", found)
 
 
 def device_name(device: str) -> str:
