@@ -17,6 +17,7 @@ from typing import Any
 from harness.errors import LoopError, StageError
 from harness.interpreters import Interpreter
 from harness.stages import OWN, RECIPE, External, Output, Recipe, Source, slot
+from thinkswitch_plugin.kept_answers import SUFFIX as KEPT
 from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, Trace
 
 ANSWERS = "answers"  # the folder inside a stage's that lm-eval fills
@@ -113,12 +114,16 @@ def commands_for(recipe: Recipe, nf4: bool, interpreter: Interpreter | None = No
         nf4: of an NF4 copy, which is made first, here, and put into the recipe.
         interpreter: whose lm-eval asks; None for this environment's.
     """
-    tool = (slot("python"), "-m", "lm_eval") if interpreter else ("lm_eval",)
-    ask = (*tool, "run", "--config", f"{OWN}/{RECIPE}")
+    ask = (slot("python") if interpreter else "python", "-m", "thinkswitch_plugin.kept_answers", f"{OWN}/{RECIPE}")
     if not nf4:
         return [ask]
     recipe["model_args"]["pretrained"] = f"{OWN}/{NF4_COPY}"
     return [("axolotl", "nf4", slot("checkpoint"), f"{OWN}/{NF4_COPY}"), ask]
+
+
+def resumes(folder: Path) -> list[Path]:
+    """The answers that lm-eval had when it was stopped."""
+    return sorted(folder.glob(f"*{KEPT}"))
 
 
 def device_of(recipe: Recipe) -> Any:

@@ -333,7 +333,10 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
     key = run.keys[stage]
     unchanged(run)
     begun = time.monotonic()
-    run.store.clear(key)
+    start = [] if key in run.again else stage.kind.resumes(run.store.folder(key))
+    run.store.clear(key, start)
+    if start:
+        view.resumed(key, stage)
     with disk_errors(folder):
         paths = write_recipes(run, stage)
         log = folder / "log.txt"

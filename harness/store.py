@@ -5,8 +5,9 @@
     stages/.locks/         KEY.lock is held by the `ts-loop` that works on it, KEY.busy by what it started
     stages/.known.json     digests of files that were here before, by path, size, time and inode
 
-A stage works in its final place, so that the commands and paths in its recipes stay true afterwards; one that did not
-finish is cleared away before it runs again. Knows keys and files; what a key is made of is `stages`' to know.
+A stage works in its final place, so that the commands and paths in its recipes stay true afterwards; of one that did
+not finish, all is cleared away before it runs again but what it can go on from. Knows keys and files; what a key is
+made of is `stages`' to know.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -110,14 +111,14 @@ class Store:
         """The lock file that the runner holds while anything of the stage's commands is alive."""
         return self.root / ".locks" / f"{key}.busy"
 
-    def clear(self, key: str) -> Path:
-        """An empty folder for a stage."""
+    def clear(self, key: str, but: Iterable[Path] = ()) -> Path:
+        """A folder for a stage, empty `but` for these files and folders inside it."""
         folder = self.folder(key)
         with disk_errors(folder):
             if folder.exists():
                 self.forget(key)
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+                _emptied(folder, set(but))
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def busy(self, key: str) -> bool:
@@ -215,6 +216,19 @@ class Known:
     def _combined(self, folder: Path, files: list[Path]) -> str:
         lines = [f"{path.relative_to(folder)}\0{self.digest(path)}\n" for path in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _emptied(folder: Path, but: set[Path]) -> None:
+    for path in folder.iterdir():
+        if path in but:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if any(path in kept.parents for kept in but):
+                _emptied(path, but)
+            else:
+                shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -145,6 +145,10 @@ class View:
             if key in self.running:
                 self.bar.update(self.running[key], completed=now.done, total=now.total, phase=phase)
 
+    def resumed(self, key: str, stage: Stage) -> None:
+        """A stage goes on from what one that was stopped has left."""
+        self.say(f"{_name(self.places[key])}: goes on where it was stopped", "dim")
+
     def elsewhere(self, key: str) -> None:
         """Another process works on a stage."""
         with self.lock:

@@ -76,7 +76,7 @@ def test_an_installed_wheel_works_from_any_folder(built: tuple[Path, Path], tmp_
         check=False,
     )
     assert said.returncode == 0, said.stderr
-    assert said.stdout.count("lm_eval run --config") == 5
+    assert said.stdout.count("python -m thinkswitch_plugin.kept_answers ") == 5
     recipes = [file.read_text() for file in (tmp_path / "runs/stages").glob("evaluate-*/recipe.yml")]
     assert (
         sum(f"pretrained: {site}/thinkswitch_recipes/mini/" in recipe for recipe in recipes) == 2

@@ -67,6 +67,10 @@ def _no_note(facts: Facts) -> str:
     return ""
 
 
+def _no_start(folder: Path) -> list[Path]:
+    return []
+
+
 def _no_outcomes(folder: Path, stage: Stage, tokenizer: Path | None) -> list[Any]:
     return []
 
@@ -86,6 +90,7 @@ class Kind:
         note: the one line of those facts.
         outcomes: one `outcomes.Outcome` a question that it asked, tokens counted with a checkpoint's tokenizer.
         checkpoint: the folder inside it that holds a whole checkpoint, which can be made again from the rest.
+        resumes: what a try that was stopped left whole in the stage's folder, from which the next one goes on.
     """
 
     name: str
@@ -96,6 +101,7 @@ class Kind:
     note: Callable[[Facts], str] = _no_note
     outcomes: Callable[[Path, Stage, Path | None], list[Any]] = _no_outcomes
     checkpoint: str | None = None
+    resumes: Callable[[Path], list[Path]] = _no_start
 
 
 @dataclass(frozen=True, eq=False)

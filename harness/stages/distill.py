@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ PHASES = {
     "Merging": "shards merged",
     "": "steps trained",
 }
+# A training that is stopped loses a tenth at most, unless the recipe says how it is to be saved.
+SAVED: Recipe = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
 SAID = {"trace_stripping": trace_stripping.sentence, "on_policy_kl": on_policy_kl.sentence}  # by a plugin's facts file
 
 
@@ -92,6 +95,10 @@ def build(
     resolved["output_dir"] = f"{OWN}/{ADAPTER if adapter else CHECKPOINT}"
     resolved["dataset_prepared_path"] = f"{OWN}/prepared"
     resolved["seed"] = seed
+    ours = bool(adapter) and resolved.get("save_strategy") == "no"  # of a whole checkpoint each is four times its size
+    if ours:
+        resolved |= SAVED
+    resolved["auto_resume_from_checkpoints"] = True
     name, *given = shlex.split(launcher)
     file = f"{OWN}/{RECIPE}"
     train = ("axolotl", "train", file, "--launcher", name, *(["--", *given] if given else []))
@@ -102,7 +109,7 @@ def build(
         (train, merge) if adapter else (train,),
         inputs,
         renames=((f"{ADAPTER}/merged", CHECKPOINT),) if adapter else (),
-        scratch=("prepared", *([] if adapter else [f"{CHECKPOINT}/checkpoint-*"])),
+        scratch=("prepared", *([f"{ADAPTER if adapter else CHECKPOINT}/checkpoint-*"] if ours or not adapter else [])),
         wide=name != "python",
         whole_cpu=True,  # the loop waits for it, and what could run beside it is short
     )
@@ -113,6 +120,16 @@ def untouched(recipe: Recipe) -> Recipe:
     changed = copy.deepcopy(recipe)
     changed["trace_stripping"] = {**(changed.get("trace_stripping") or {}), "strip": False}
     return changed
+
+
+def resumes(folder: Path) -> list[Path]:
+    """The trainer's checkpoints that are whole: its state is what it writes last."""
+    found = []
+    for state in folder.glob("*/checkpoint-*/trainer_state.json"):
+        with suppress(LoopError):
+            if read_json(state):
+                found.append(state.parent)
+    return found
 
 
 def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:
@@ -127,4 +144,4 @@ def note(facts: Facts) -> str:
     return "; ".join(say(facts[name]) for name, say in SAID.items() if name in facts)
 
 
-KIND = Kind("distill", "instruct learns the answers", TOOLS, PHASES, read, note, checkpoint=CHECKPOINT)
+KIND = Kind("distill", "instruct learns the answers", TOOLS, PHASES, read, note, checkpoint=CHECKPOINT, resumes=resumes)

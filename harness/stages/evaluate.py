@@ -121,4 +121,5 @@ KIND = Kind(
     read,
     note=outcomes.cut_note,
     outcomes=outcomes_of,
+    resumes=asking.resumes,
 )

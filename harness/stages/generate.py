@@ -91,5 +91,7 @@ def note(facts: Facts) -> str:
     return "; ".join(filter(None, (closed, outcomes.cut_note(facts))))
 
 
-KIND = Kind("generate", "thinking answers the prompts", asking.TOOLS, asking.PHASES, read, note)
-TRIAL = Kind("answer", "a t is tried on the prompts", asking.TOOLS, asking.PHASES, read_any, note)
+KIND = Kind("generate", "thinking answers the prompts", asking.TOOLS, asking.PHASES, read, note, resumes=asking.resumes)
+TRIAL = Kind(
+    "answer", "a t is tried on the prompts", asking.TOOLS, asking.PHASES, read_any, note, resumes=asking.resumes
+)

@@ -151,7 +151,7 @@ def test_a_dry_run_checks_and_prints_commands_that_can_be_pasted(
     lines = said.stdout.splitlines()
     commands = [shlex.split(line) for line in lines if not line.startswith(("#", "export"))]
     assert [command[0] for command in commands] == (
-        ["lm_eval"] * 3 + ["axolotl", "axolotl", "mv", "mergekit-yaml"] + ["lm_eval"] * 2
+        ["python"] * 3 + ["axolotl", "axolotl", "mv", "mergekit-yaml"] + ["python"] * 2
     )
     for command in commands:
         assert shutil.which(command[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

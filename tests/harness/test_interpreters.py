@@ -158,7 +158,7 @@ def test_what_asks_is_in_the_key_and_where_it_lies_is_not(other: Path) -> None:
         found = look(other, WHERE, asking.TOOLS, OWN)
         moved = type(found)(path, found.python, {**found.versions, **changed})
         stage = generate.build({"model": "hf"}, asking.Settings(7), [task], came, None, moved)
-        assert stage.commands == (("<<python>>", "-m", "lm_eval", "run", "--config", "<<stage>>/recipe.yml"),)
+        assert stage.commands == (("<<python>>", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml"),)
         assert stage.inputs["python"] == External(path, f"python {found.python}")
         return Keys({"torch": "not this one's"})[stage]
 
@@ -181,7 +181,7 @@ def test_a_loop_whose_questions_are_asked_from_another_environment(
     assert len(ran.results["rows"]) == 4
     for step in ("iter_01/generate", "iter_00/evaluate_thinking"):
         record = json.loads((ran.folder / step / "stage.json").read_text())
-        assert record["commands"][0][:3] == [str(other), "-m", "lm_eval"]
+        assert record["commands"][0][:3] == [str(other), "-m", "thinkswitch_plugin.kept_answers"]
         assert record["reads"]["inputs"]["python"] == f"python {sys.version.split()[0]}"
     here = run_here(small_loop(recipes, tmp_path / "here"), tmp_path / "runs", runner, name="here")
     assert here.results["rows"] == ran.results["rows"]  # the same tools asked the same questions

@@ -300,7 +300,7 @@ def test_generate_asks_the_thinking_checkpoint_the_prompts_without_reading_an_an
         key: ASK[key] for key in ("model", "batch_size", "gen_kwargs", "metadata")
     }
     assert stage.inputs == {"checkpoint": THINKING}
-    assert stage.commands == (("lm_eval", "run", "--config", "<<stage>>/recipe.yml"),)
+    assert stage.commands == (("python", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml"),)
     assert stage.tasks == {t.name: t.definition for t in PROMPTS}
     assert stage.files == {}
 
@@ -342,7 +342,7 @@ def test_nf4_answers_with_a_copy_that_does_not_stay() -> None:
         evaluate.build(ASK, Settings(seed=7, nf4=True), [task("mine")], THINKING),
     ):
         assert stage.commands[0] == ("axolotl", "nf4", "<<checkpoint>>", "<<stage>>/nf4")
-        assert stage.commands[1][0] == "lm_eval"
+        assert stage.commands[1][2] == "thinkswitch_plugin.kept_answers"
         assert stage.recipes["recipe.yml"]["model_args"] == {"pretrained": "<<stage>>/nf4", "dtype": "float32"}
         assert stage.scratch == ("nf4",)
         assert stage.inputs["checkpoint"] == THINKING
@@ -476,6 +476,26 @@ def test_an_adapter_is_trained_merged_and_becomes_the_checkpoint() -> None:
     assert stage.renames == (("adapter/merged", "instruct"),)
     assert stage.kind.checkpoint == "instruct"
     assert stage.scratch == ("prepared",)
+
+
+def test_a_training_can_go_on_where_it_was_stopped(tmp_path: Path) -> None:
+    assert built(TRAIN).recipes["recipe.yml"]["auto_resume_from_checkpoints"] is True
+    ours = built({**TRAIN, "save_strategy": "no"})
+    assert {key: ours.recipes["recipe.yml"][key] for key in distill.SAVED} == distill.SAVED
+    assert ours.scratch == ("prepared", "adapter/checkpoint-*")
+    own = built({**TRAIN, "save_strategy": "epoch"})
+    assert own.recipes["recipe.yml"]["save_strategy"] == "epoch"
+    assert own.scratch == ("prepared",)  # who asked for checkpoints keeps them
+    assert built({**TRAIN, "adapter": None, "save_strategy": "no"}).recipes["recipe.yml"]["save_strategy"] == "no"
+    for name, state in (
+        ("checkpoint-10", '{"global_step": 10}'),
+        ("checkpoint-20", '{"global_'),
+        ("checkpoint-30", ""),
+    ):
+        (tmp_path / "adapter" / name).mkdir(parents=True)
+        (tmp_path / "adapter" / name / "trainer_state.json").write_text(state)
+    (tmp_path / "adapter/checkpoint-40").mkdir()
+    assert distill.resumes(tmp_path) == [tmp_path / "adapter/checkpoint-10"]
 
 
 @pytest.mark.parametrize("adapter", [None, ""])
@@ -705,7 +725,7 @@ def test_evaluate_asks_the_tests_and_grades_what_lm_eval_cannot() -> None:
     assert "predict_only" not in stage.recipes["recipe.yml"]
     assert "trust_remote_code" not in stage.recipes["recipe.yml"]["model_args"]
     asked, graded = stage.commands
-    assert asked == ("lm_eval", "run", "--config", "<<stage>>/recipe.yml")
+    assert asked == ("python", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml")
     assert graded[:3] == ("python", "-m", "harness.grading")
     assert graded[-2:] == ("theirs", "often")
     assert graded[3:-2] == ("<<stage>>/answers", "--recipe", "<<stage>>/recipe.yml", "--out", "<<stage>>/graded.jsonl")
@@ -749,7 +769,7 @@ def test_tasks_that_know_of_traces_are_not_graded_again() -> None:
 def test_a_tah_checkpoint_is_trusted_and_its_passes_are_counted() -> None:
     stage = evaluate.build(ASK, ASKED, [task("ours")], INSTRUCT, tah=True)
     assert stage.recipes["recipe.yml"]["model_args"]["trust_remote_code"] is True
-    assert [command[:2] for command in stage.commands] == [("lm_eval", "run"), ("axolotl", "tah-passes")]
+    assert [command[:2] for command in stage.commands] == [("python", "-m"), ("axolotl", "tah-passes")]
     assert stage.commands[1][-1] == "<<stage>>/passes.json"
 
 

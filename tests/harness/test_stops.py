@@ -16,13 +16,15 @@ import psutil
 import pytest
 from small import TS_LOOP, small_loop, ts_loop
 
+from harness.files import digest
+
 TAG = "TS_LOOP_TEST"  # in the environment of a run, and so of all that it starts
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
 
 
-def started(config: Path, out: Path, tag: str) -> subprocess.Popen[str]:
+def started(config: Path, out: Path, tag: str, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [TS_LOOP, "--config", str(config), "--out", str(out)],
+        [TS_LOOP, "--config", str(config), "--out", str(out), *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -80,6 +82,41 @@ def test_a_run_ended_in_the_middle_leaves_no_process(recipes: Path, tmp_path: Pa
     assert json.loads((out / "small/run.json").read_text())["sittings"]
 
 
+def left(out: Path) -> dict[str, str]:
+    """What a run comes to: its rows, its outcomes, and the hash of every checkpoint's weights."""
+    found = {"rows": json.loads((out / "small/results.json").read_text())["rows"]}
+    found["outcomes"] = (out / "small/outcomes.jsonl").read_text()
+    for file in sorted((out / "small").glob("iter_*/*/*/*.safetensors")):
+        found[str(file.relative_to(out))] = digest(file)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "begun"), [("generate", "*.answered.jsonl"), ("distill", "adapter/checkpoint-*/trainer_state.json")]
+)
+def test_a_stage_that_is_killed_goes_on_where_it_was(recipes: Path, tmp_path: Path, kind: str, begun: str) -> None:
+    """Labels are sampled, a few at a time; the training has dropout, whose random numbers go on, too."""
+    changes = {"generate.batch_size": 4, "generate.gen_kwargs": {"do_sample": True, "temperature": 0.7}}
+    changes |= {"distill.lora_dropout": 0.1, "distill.micro_batch_size": 4}
+    config = small_loop(recipes, tmp_path / "mine", limit=24)
+    more = [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    ts_loop("--config", config, "--out", tmp_path / "undisturbed", *more)
+    out, tag = tmp_path / "runs", uuid.uuid4().hex
+    running = started(config, out, tag, *more)
+    when(lambda: list((out / "stages").glob(f"{kind}-*/{begun}")), running)
+    ended(running, signal.SIGKILL, tag)
+    (kept,) = (out / "stages").glob(f"{kind}-*/{begun}")
+    done = kept.read_text()
+    said = ts_loop("--config", config, "--out", out, *more).stdout
+    assert f"{kind}: goes on where it was stopped" in said
+    assert left(out) == left(tmp_path / "undisturbed")
+    assert not kept.exists()
+    if kind == "distill":
+        log = next((out / "stages").glob("distill-*/log.txt")).read_text()
+        assert f"checkpoint-{json.loads(done)['global_step']}" in log
+
+
 def test_ctrl_c_while_the_tools_are_imported(recipes: Path, tmp_path: Path) -> None:
     config, tag = small_loop(recipes, tmp_path / "mine"), uuid.uuid4().hex
     running = started(config, tmp_path / "runs", tag)
@@ -96,7 +133,7 @@ def test_thirty_random_moments(recipes: Path, tmp_path: Path) -> None:
     begun = time.monotonic()
     ts_loop("--config", config, "--out", tmp_path / "undisturbed")
     lasts = time.monotonic() - begun
-    rows = json.loads((tmp_path / "undisturbed/small/results.json").read_text())["rows"]
+    wanted = left(tmp_path / "undisturbed")
     chance, numbers = random.Random(0), [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL] * 10
     run = 0
     while numbers:
@@ -113,7 +150,7 @@ def test_thirty_random_moments(recipes: Path, tmp_path: Path) -> None:
                 continue
             ended(running, numbers.pop(), tag)
         ts_loop("--config", config, "--out", out)
-        assert json.loads((out / "small/results.json").read_text())["rows"] == rows
+        assert left(out) == wanted
 
 
 @pytest.mark.slow
@@ -127,5 +164,7 @@ def test_two_commands_at_once_on_one_run_and_on_two_that_share(recipes: Path, tm
         assert [running.returncode for running in pair] == [0, 0]
         assert len(list((out / "stages").glob("*/stage.json"))) == (9 if second else 7)
         # Whoever makes a stage says so before it begins.
-        begun = [line for text in said for line in text.splitlines() if line.endswith(("lm_eval", "axolotl", "-yaml"))]
+        begun = [
+            line for text in said for line in text.splitlines() if line.endswith(("kept_answers", "axolotl", "-yaml"))
+        ]
         assert len(begun) == (9 if second else 7) + 1  # a distillation is two commands

@@ -108,6 +108,18 @@ def test_a_stage_that_is_forgotten_never_happened_and_is_still_there_to_look_at(
     store.forget("distill-ffff")
 
 
+def test_a_cleared_folder_keeps_what_can_be_gone_on_from(store: Store) -> None:
+    folder = store.clear(KEY)
+    for name in ("a/b/kept", "a/b/also", "a/c/lost", "a/lost", "kept.jsonl", "lost.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "stage.json").write_text("{}")
+    (folder / "link").symlink_to(folder / "a")
+    store.clear(KEY, [folder / "a/b", folder / "kept.jsonl", folder / "is not there"])
+    left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    assert left == ["a", "a/b", "a/b/also", "a/b/kept", "kept.jsonl"]
+
+
 def test_a_cleared_folder_is_empty_and_marked_by_nothing(store: Store) -> None:
     folder = finished(store, KEY, {"deep/er/x": b"1"})
     assert store.clear(KEY) == folder

@@ -345,5 +345,5 @@ def test_the_4b_stages_fit_the_loop(checkout: Path, native: Native, distill: str
         else:
             # Each answers as its card says, from a copy that leaves 8 GB room for a cache.
             assert commands[0].startswith("axolotl nf4 ")
-            assert commands[1].startswith("lm_eval run --config ")
+            assert commands[1].startswith("python -m thinkswitch_plugin.kept_answers ")
             assert recipe["gen_kwargs"]["temperature"] == (0.7 if kind == "evaluate_instruct" else 0.6)

@@ -1,0 +1,147 @@
+"""lm-eval with every answer kept as it comes: what was stopped and is asked again goes on where it was.
+
+    python -m thinkswitch_plugin.kept_answers recipe.yml        as lm_eval run --config recipe.yml
+
+lm-eval writes nothing before the last question is answered, and its own cache knows neither whose answers it holds nor
+any that were sampled. Here questions are answered a batch after another, in lm-eval's own order and of its size; what
+came of one is on the disk before the next begins, in a file beside the recipe, and each has random numbers of its own.
+So it ends in the same answers, however often it was stopped. Of engines with a batch of their own (vLLM, SGLang, a
+server), whose random numbers are theirs, what is kept stays as it is and the rest is drawn anew. At the end the file is
+taken away.
+
+Knows lm-eval's registry and what it asks of a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+AT_ONCE = 256  # questions that an engine with a batch of its own gets
+QUEUED = 8  # requests for each that a server answers at a time
+SUFFIX = ".answered.jsonl"  # of the file, after the recipe's name and the process's number
+
+
+class Kept:
+    """Batches of answers on the disk, in order; one that was half written, or is of other questions, ends them."""
+
+    def __init__(self, file: Path, what: str):
+        """`what` names who is asked: kept answers of another are none."""
+        self.file, self.what = file, what
+        self.lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        self.size = 0  # bytes of those that were found to fit
+
+    def answers(self, number: int, asked: Sequence[Any]) -> list[str] | None:
+        """What was answered to batch `number`, from 0; None if that, or an earlier one, was not."""
+        if number >= len(self.lines):
+            return None
+        line = self.lines[number]
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else {}
+        except ValueError:
+            row = {}
+        if row.get("asked") != self.named(asked):
+            self.lines = self.lines[:number]
+            return None
+        self.size += len(line)
+        answers: list[str] = row["answers"]
+        return answers
+
+    def keep(self, asked: Sequence[Any], answers: list[str]) -> None:
+        """Add a batch, on the disk when this returns."""
+        with self.file.open("r+b" if self.file.exists() else "wb") as file:
+            file.truncate(self.size)
+            file.seek(self.size)
+            line = json.dumps({"asked": self.named(asked), "answers": answers}).encode() + b"\n"
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self.size += len(line)
+
+    def named(self, asked: Sequence[Any]) -> str:
+        """A hash of who is asked and what."""
+        return hashlib.sha256(json.dumps([self.what, asked], default=str).encode()).hexdigest()
+
+
+def keeping(model: type, file: Path, seed: Any, what: str) -> type:
+    """A class of lm-eval's models whose answers are kept.
+
+    Args:
+        model: answers `generate_until(requests, disable_tqdm)`.
+        file: where they are kept, before `SUFFIX`.
+        seed: of all batches; with a batch's number it is that batch's.
+        what: names who is asked.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import Collator
+    from tqdm import tqdm
+    from transformers import set_seed
+
+    class Keeping(model):
+        """See the module."""
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            """As the model's own: an answer a request, in their order."""
+            kept = Kept(file.with_name(f"{file.name}.{self.rank}{SUFFIX}"), what)
+            batches = isinstance(self, HFLM) and isinstance(self.batch_size, int)  # made here, and not by an engine
+            size = self.batch_size if batches else max(AT_ONCE, QUEUED * int(getattr(self, "_concurrent", 1)))
+
+            def longest_first(request: Any) -> tuple[int, str]:
+                text = request.args[0]
+                return (-len(self.tok_encode(text)), text) if batches else (0, "")
+
+            order = Collator(requests, longest_first, lambda request: request.args[1], "gen_kwargs")
+            answers: list[str] = []
+            hidden = disable_tqdm or self.rank != 0
+            with tqdm(total=len(requests), desc="Running generate_until requests", disable=hidden) as bar:
+                for number, batch in enumerate(order.get_batched(n=size)):
+                    asked = [request.args for request in batch]
+                    found = kept.answers(number, asked)
+                    if found is None:
+                        digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+                        set_seed(int.from_bytes(digest[:4], "big"))
+                        found = super().generate_until(batch, disable_tqdm=True)
+                        kept.keep(asked, found)
+                    answers += found
+                    bar.update(len(batch))
+            back: list[str] = order.get_original(answers)
+            return back
+
+    return Keeping
+
+
+def main() -> None:
+    """The command: see the module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m thinkswitch_plugin.kept_answers",
+        description="lm_eval run --config RECIPE, which goes on where it was stopped.",
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="an lm-eval config")
+    recipe: Path = parser.parse_args().recipe
+    try:
+        text = recipe.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+        name = str(settings.get("model") or "hf")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        raise SystemExit(f"{recipe}: cannot be read: {' '.join(str(error).split())}") from None
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import get_model, register_model
+
+    kept = f"{name}-kept"
+    register_model(kept)(keeping(get_model(name), recipe.with_suffix(""), settings.get("seed"), text))
+    sys.argv = ["lm_eval", "run", "--config", str(recipe), "--model", kept]
+    cli_evaluate()
+    for file in recipe.parent.glob(f"{recipe.stem}.*{SUFFIX}"):
+        file.unlink(missing_ok=True)  # another process of the same run may have been quicker
+
+
+if __name__ == "__main__":
+    main()
