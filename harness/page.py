@@ -24,6 +24,7 @@ from harness.view import (
     DIAL_HEADS,
     KIND_HEADS,
     PASS_HEADS,
+    PLAN_HEADS,
     REPEAT_HEADS,
     apart_cells,
     arm_cells,
@@ -37,10 +38,14 @@ from harness.view import (
     kind_cells,
     of_first,
     pass_cells,
+    plan_cells,
     repeat_cells,
 )
 
 HEADS = ("task", "checkpoint", "iteration", "correct", "accuracy", "95 % interval", "change", "tokens", "closed")
+UNPLANNED = (
+    "Nothing was planned: ts-loop plan, with this run's options, keeps what it says for this page (ts-loop report)."
+)
 FIGURE_HEADS = (
     "task",
     "checkpoint",
@@ -199,6 +204,7 @@ def between(estimate: Estimate, scale: str = "percent") -> str:
 
 def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The tables, each with its head, its rows of texts, and how many columns are text."""
+    per_hour = report.noted.get("asked", {}).get("usd_per_hour")
     found: list[dict[str, Any]] = [
         {
             "id": "comparisons",
@@ -255,9 +261,9 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "id": "repeats",
             "title": "Questions asked k times",
-            "note": "avg@k: the mean of a question's answers, as in the table above. pass@j: how likely one at least of j "
-            "is right, unbiased (arXiv 2107.03374). maj@k: whether what most of them say is right (2203.11171); of "
-            "several that as many say, the first to have so many; a trace that never closed has no vote.",
+            "note": "avg@k: the mean of a question's answers, as in the table above. pass@j: how likely one at least "
+            "of j is right, unbiased (arXiv 2107.03374). maj@k: whether what most of them say is right (2203.11171); "
+            "of several that as many say, the first to have so many; a trace that never closed has no vote.",
             "heads": REPEAT_HEADS,
             "rows": repeat_cells(rows),
             "texts": 2,
@@ -289,9 +295,18 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "id": "stages",
             "title": "Time and memory by stage",
-            "note": "",
+            "note": "" if report.planned[1] else UNPLANNED,
             "heads": KIND_HEADS,
             "rows": kind_cells([record for _, _, record in report.stages]),
+            "texts": 1,
+        },
+        {
+            "id": "plan",
+            "title": "Against the plan",
+            "note": f"As ts-loop plan said of {report.planned[0]}, of the stages it was asked about: rows and answers "
+            "as long as they may be, time of writing and learning without loading and merges.",
+            "heads": (*PLAN_HEADS, *(() if per_hour is None else ("planned $", "used $"))),
+            "rows": plan_cells(report.planned[1], per_hour),
             "texts": 1,
         },
     ]

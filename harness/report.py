@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from harness import asking, evidence, outcomes
 from harness.angles import Apart, of_json
+from harness.costs.kept import Against, against
 from harness.errors import LoopError, StageError
 from harness.evidence import Arm, Comparison, Figures, Point
 from harness.files import disk_errors, read_json, write_text
@@ -73,6 +74,7 @@ class Report:
         wall_s: of all sittings.
         cost_usd: of those, None without a price.
         by_arm: rows as `rows`, of every arm.
+        planned: what device was planned for, and what stages took against it; see `costs.kept`.
         at_k: as `comparisons`, by pass@k and maj@k, where questions were asked k times.
         apart: the weights that the dial interpolates, and those of the pair as it came, by what they are called.
         chosen: which t each iteration went on with, and why, where the run chose it; of the first arm and seed.
@@ -96,6 +98,7 @@ class Report:
     at_k: list[Comparison] = field(default_factory=list)
     apart: dict[str, list[Apart]] = field(default_factory=dict)
     chosen: list[dict[str, Any]] = field(default_factory=list)
+    planned: tuple[str, list[Against]] = ("", [])
 
 
 def gather(out: Path, name: str) -> Report:
@@ -137,6 +140,7 @@ def gather(out: Path, name: str) -> Report:
         cost_usd=results["cost_usd"],
         by_arm=evidence.by_arm(asked),
         at_k=evidence.gains(evidence.of_several(asked)),
+        planned=against(folder.plan, [(step, record) for step, record in records if record]),
     )
 
 

@@ -4,6 +4,7 @@
     outcomes.jsonl  one row a question
     results.json    one row per iteration × checkpoint × task, summed up from those
     report.html     the same to look at
+    plan.json       what `ts-loop plan` said of it, if it was asked
     iter_NN/NAME    a link to the stage in the store
 
 Knows this folder. What is done is the store's to know: a run that is taken away takes no stage with it.
@@ -53,6 +54,11 @@ class RunDir:
     def report(self) -> Path:
         """The page to look at."""
         return self.root / "report.html"
+
+    @property
+    def plan(self) -> Path:
+        """What it was planned to take."""
+        return self.root / "plan.json"
 
     @property
     def logs(self) -> Path:

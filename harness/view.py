@@ -29,6 +29,7 @@ from rich.text import Text
 
 from harness import runner
 from harness.angles import Summary
+from harness.costs.kept import Against
 from harness.evidence import Arm, Comparison, Point, in_points
 from harness.outcomes import Row
 from harness.plan import Step
@@ -191,7 +192,7 @@ class View:
         if self.quiet:
             return
         if cells := repeat_cells(of_first(several or rows)):
-            self._print(_lines("questions asked k times", REPEAT_HEADS, cells, 2))
+            self._print(_lines("questions asked k times", REPEAT_HEADS[:-1], [line[:-1] for line in cells], 2))
         if cells := pass_cells(rows):
             self._print(_lines("passes of TaH checkpoints", PASS_HEADS, cells, 3))
         self._print(kind_table([record for step in run.steps if (record := run.record(step))]))
@@ -491,6 +492,32 @@ def repeat_cells(rows: Sequence[Row]) -> list[list[str]]:
         for row in in_order(rows)
         if row.get("repeats")
     ]
+
+
+PLAN_HEADS = (
+    *("stage", "runs", "planned s", "used s", "used / planned"),
+    *("planned MiB", "used MiB", "used / planned"),
+)
+
+
+def plan_cells(found: Sequence[Against], per_hour: float | None = None) -> list[list[str]]:
+    """What was planned and used, for the page; with dollars, planned and used, where an hour has a price."""
+
+    def of(planned: float | None, used: float) -> str:
+        return f"{used / planned:.0%}" if planned else ""
+
+    lines = []
+    for one in found:
+        (seconds, took), (memory, peak) = one.seconds, one.memory
+        dollars = [] if per_hour is None else [f"{(s or 0) / 3600 * per_hour:.4f}" for s in one.seconds]
+        if dollars and seconds is None:
+            dollars[0] = ""
+        planned = "" if seconds is None else f"{seconds:,.1f}"
+        mib = [f"{size / 2**20:,.0f}" for size in one.memory]
+        lines.append(
+            [one.kind, str(one.runs), planned, f"{took:,.1f}", of(seconds, took), *mib, of(memory, peak), *dollars]
+        )
+    return lines
 
 
 def by_kind(done: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float, float, float]]:

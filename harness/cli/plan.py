@@ -25,8 +25,9 @@ Takes the loop's own options. Memory is that of the recipe's own training step, 
 checkpoint's shape: only its config.json is needed, no weights. What cannot be known is counted as at most: answers and
 rows as long as the recipes let them be. What will not fit is said with the setting that mends it.
 
-RECIPE is one Axolotl recipe by itself (Think-at-Hard's, say), its rows measured where its data is here. --compare puts
-prediction beside what a run that is done has used."""
+RECIPE is one Axolotl recipe by itself (Think-at-Hard's, say), its rows measured where its data is here. A plan for this
+machine is kept beside its run, whose page shows what was used against it (ts-loop report). --compare puts a prediction
+made afterwards, rows as long as they were, beside what each stage has used."""
 EPILOG = """\b
 Examples:
   ts-loop plan                                              the embedded pair on this machine
@@ -92,7 +93,8 @@ def callback(
     from rich.console import Console
 
     from harness import card as cards
-    from harness.costs import forecast
+    from harness.costs import forecast, kept
+    from harness.rundir import RunDir
 
     out = out.resolve()
     card = cards.of_size(vram) if vram else cards.at_hand()
@@ -122,6 +124,8 @@ def callback(
     else:
         asked, recipes, said = loop.asked_for(config, options, changes, card)
         lines = forecast.of_run(asked, recipes, on(), out)
+        if vram is None:
+            kept.keep(lines, card, RunDir(out / asked.name).plan)
         per_hour, to_fetch = asked.usd_per_hour, forecast.downloads(asked)
         said += made_for_a_gpu(recipes, card)
     if as_json:

@@ -98,6 +98,7 @@ class Estimate:
         mend: what makes it fit, as it is typed; empty where it fits or nothing is known.
         notes: what the figures take for granted.
         arms: whose it is, where other arms do it otherwise.
+        work: what its stages have in common, `forecast.work`; empty for a recipe alone.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Estimate:
     mend: str = ""
     notes: tuple[str, ...] = ()
     arms: tuple[str, ...] = ()
+    work: str = ""
 
     @property
     def label(self) -> str:

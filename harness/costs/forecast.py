@@ -5,8 +5,8 @@ Knows what of a stage's recipe costs what, and where a run that is done has its 
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ from harness.costs.footprint import ask
 from harness.costs.shape import Shape, read_shape
 from harness.errors import LoopError
 from harness.files import below, read_json
-from harness.plan import Inputs, Step, plan
+from harness.plan import Inputs, Step, plan, untried
 from harness.stages import (
     RECIPE,
     External,
@@ -64,7 +64,6 @@ from harness.stages import (
 GUESSED = 30  # questions of a task whose data is not here
 IMPORTS = 0.65e9  # bytes that the tools' imports hold, where it is not looked at
 OUT_SHARD = 2e9  # bytes of a shard that mergekit is asked for
-TURNED = re.compile(r"_t[\d.]+$")  # how steps end of which there is one for each t
 ESTIMATED = tuple(kind.name for kind in (generate.KIND, generate.TRIAL, distill.KIND, reconstruct.KIND, evaluate.KIND))
 ROLES = {"instruct": "instruct", "thinking": "thinking", "anchor": "thinking"}  # a stage's inputs: which of the pair
 
@@ -145,7 +144,7 @@ def of_run(config: LoopConfig, recipes: Mapping[str, Recipe], on: Device, out: P
         gold=gold, validate_tasks=sides[2],
     )  # fmt: skip
     groups = alike(plan(config, inputs, config.iterations))
-    several = {name for name, count in Counter(line_name(like[0]) for like in groups).items() if count > 1}
+    several = {name for name, count in Counter(untried(like[0].name) for like in groups).items() if count > 1}
     counts = questions(config, [task.name for side in sides for task in side], prompts, on.cache)
     means = mean_answers(out / config.name / "results.json")
     learnt = sum(counts[task.name].questions for task in sides[0])
@@ -164,15 +163,11 @@ def of_run(config: LoopConfig, recipes: Mapping[str, Recipe], on: Device, out: P
             of_tasks = [counts[task]._replace(questions=min(few, counts[task].questions)) for task in stage.tasks]
             mean = means.get(step.checkpoint or "thinking")
             line = asking(whose, recipe, iterations, pair, config.nf4, of_tasks, mean, on)
-        named = line_name(step)
+        named = untried(step.name)
         arms = tuple(dict.fromkeys(each.arm for each in like)) if named in several else ()
-        lines.append(replace(line, name=named, arms=arms))
+        key = work(step.name, stage.kind.name, stage.recipes[RECIPE])
+        lines.append(replace(line, name=named, arms=arms, work=key))
     return lines
-
-
-def line_name(step: Step) -> str:
-    """What a step is called beside those that cost the same: what is tried at several t is one line."""
-    return TURNED.sub("", step.name)
 
 
 def alike(steps: Sequence[Step]) -> list[list[Step]]:
@@ -188,13 +183,16 @@ def alike(steps: Sequence[Step]) -> list[list[Step]]:
     for step in first.values():
         if step.stage.kind is choose.KIND:
             continue
-        recipe = dict(step.stage.recipes[RECIPE])
-        if step.stage.kind is reconstruct.KIND:
-            recipe.pop("parameters", None)  # at whatever t
-        asked = {key: value for key, value in (recipe.get("model_args") or {}).items() if key != "seed"}
-        cost = json.dumps([line_name(step), {**recipe, "seed": 0, "model_args": asked}], sort_keys=True, default=str)
-        groups.setdefault(cost, []).append(step)
+        groups.setdefault(work(step.name, step.stage.kind.name, step.stage.recipes[RECIPE]), []).append(step)
     return list(groups.values())
+
+
+def work(name: str, kind: str, recipe: Mapping[str, Any]) -> str:
+    """What stages that cost the same have in common: a digest of the step and its recipe, at whatever t and seed."""
+    said = {key: value for key, value in recipe.items() if (kind, key) != (reconstruct.KIND.name, "parameters")}
+    asked = {key: value for key, value in (recipe.get("model_args") or {}).items() if key != "seed"}
+    cost = json.dumps([untried(name), {**said, "seed": 0, "model_args": asked}], sort_keys=True, default=str)
+    return hashlib.sha256(cost.encode()).hexdigest()[:16]
 
 
 def recipe_name(step: Step, recipes: Mapping[str, Recipe]) -> str:

@@ -16,6 +16,7 @@ import pytest
 from made_runs import row
 
 from harness import evidence
+from harness.costs.kept import Against
 from harness.page import page
 from harness.report import Answer, Question, Report
 
@@ -190,6 +191,22 @@ def test_what_models_and_users_write_is_text_and_never_markup() -> None:
     assert read.seen.count("b") == plain.seen.count("b") + 1  # the question's own heading
     assert bad in read.words
     assert "lm_eval <x> &y" in read.words
+
+
+def test_what_was_planned_stands_beside_what_was_used_or_it_says_how_to_plan() -> None:
+    assert "Nothing was planned: ts-loop plan" in Page(page([reported()])).words
+    rows = [
+        Against("evaluate", 2, (8.0, 6.0), (800 * 2**20, 700 * 2**20)),
+        Against("distill", 1, (None, 3.0), (2e9, 1e9)),
+    ]
+    text = page([reported(planned=("a CPU", rows), noted={"asked": {"usd_per_hour": 3.6}})])
+    assert "Nothing was planned" not in text
+    shown = text.partition('<table id="plan">')[2].partition("</table>")[0]
+    lines = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in shown.split("<tr>")[2:]]
+    assert lines[0] == ["evaluate", "2", "8.0", "6.0", "75%", "800", "700", "88%", "0.0080", "0.0060"]
+    assert lines[1][:5] == ["distill", "1", "", "3.0", ""]
+    assert lines[1][-2:] == ["", "0.0030"]
+    assert "used $" not in page([reported(planned=("a CPU", rows))])
 
 
 SEVERAL = {
