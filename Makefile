@@ -1,5 +1,6 @@
 # make loop    a virtual environment, the stack, then the whole loop on the embedded pair
 # make test    the same environment, then lint, types and tests (6 minutes on 2 cores; test-all has the long ones)
+# make results the tables and plots of docs/results.md and the README again, from the records in docs/results/
 # make mini    train the embedded pair again from random weights (about half an hour on 2 cores)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find tasks recipes -type f -no
 
 CHECKPOINT := config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja model.safetensors
 
-.PHONY: loop test test-all lint mini clean
+.PHONY: loop test test-all lint results mini clean
 
 loop: $(VENV)/installed
 	$(BIN)/ts-loop --iters 3
@@ -25,6 +26,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+results: $(VENV)/installed
+	$(BIN)/python benchmarks/results.py
 
 # The checkpoints are what the native recipes leave; only what a checkpoint needs is kept.
 mini: $(VENV)/installed

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,15 @@ def plain(value: Any) -> Any:
 
 def command() -> str:
     """What was typed, without where this machine keeps things: of a path from the root only the name is left."""
-    words = [f"…/{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
+    words = shown(sys.argv[1:])
     threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
     return " ".join([*threads, "python", str(script), *words])
+
+
+def shown(words: Iterable[str]) -> list[str]:
+    """Words of a command; of a path from the root, only its name."""
+    return [f"…/{Path(word).name}" if word.startswith("/") else word for word in words]
 
 
 def commit(folder: Path = ROOT) -> dict[str, Any]:
