@@ -3,7 +3,7 @@
     python benchmarks/embedded.py gains        ts-loop --iters 3 --seed S, for each of --seeds 42,43,44
     python benchmarks/embedded.py on_policy    the same with --distill on-policy
     python benchmarks/embedded.py arms         ts-loop --iters 1 --arms …, all of them, --seeds 0,1,2
-    python benchmarks/embedded.py other        the pair in another shape, as a user's: ts-loop init, then its one iteration
+    python benchmarks/embedded.py other        the pair in another shape, as a user's: ts-loop init, then one iteration
 
 What the store under `--out` has of a stage is not run again: each run's seconds stand beside how many stages it made.
 Ends with one line of JSON: of each run the rows of `results.json`, the paired tests and the verdict.

@@ -512,6 +512,7 @@ BLOCKS: dict[str, Callable[[Records], str]] = {
     "embedded_gains": of("embedded_gains", gains),
     "embedded_on_policy": of("embedded_on_policy", gains),
     "embedded_arms": of("embedded_arms", arms),
+    "embedded_other": of("embedded_other", gains),
     "plan_memory": of("plan_memory", plan_memory),
     "plan_table": of("plan_table", plan_table),
     "loop_overhead": of("loop_overhead", loop_overhead),
