@@ -27,6 +27,8 @@ ARMS = ("thinkswitch", "on_policy", "merge_only", "gold", "untouched")
 OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whose option has another name
 LAUNCHERS = ("python", "accelerate", "torchrun")
 NOTHING: Mapping[Path, str] = {}
+# A setting that is nobody else's business; `pad_token` and its like are not.
+SECRET = re.compile(r"(?i)(token|use_auth_token|.*(hub|hf|auth|access|api)_token|.*(secret|password|api_?key).*)")
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,7 +73,8 @@ class LoopConfig(BaseModel):
     asks only so many questions and prompts a task. `arms` are baselines that are run beside it (`plan` says which);
     `gold` is a .jsonl of conversations with right answers, which only the arm of that name reads. `seeds` runs all of
     it once with each. `python` names the interpreter of another environment whose lm-eval
-    runs a recipe (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own.
+    runs a recipe (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own. `report_to` names the trackers that
+    are told the run's figures, or `none`: only `tensorboard`'s files are written where it is left out.
     """
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True)
@@ -97,6 +100,7 @@ class LoopConfig(BaseModel):
     limit: int | None = Field(default=None, ge=1)
     usd_per_hour: float | None = Field(default=None, ge=0.0)
     python: dict[Literal["generate", "evaluate", "evaluate_thinking"], Path] = Field(default_factory=dict)
+    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = ["tensorboard"]
     recipes: Recipes
     written_pair: tuple[str, str] | None = Field(default=None, exclude=True)  # instruct, thinking as loop.yml has them
 
@@ -112,6 +116,12 @@ class LoopConfig(BaseModel):
         if not 0 <= t <= 1:
             raise ValueError("must be from 0 (thinking) to 1 (instruct), or auto")
         return t
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _named_trackers(cls, value: Any) -> Any:
+        named = [value] if isinstance(value, str) else value
+        return [] if named in (["none"], None) else named
 
     @field_validator("launcher")
     @classmethod

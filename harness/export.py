@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import model_card
-from harness.config import ARMS
+from harness.config import ARMS, SECRET
 from harness.errors import LoopError, StageError
 from harness.files import below, digest, disk_errors, write_json, write_text
 from harness.lineage import Chosen, Parent, Step
@@ -31,7 +31,6 @@ TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "
 TEMPLATES = ("chat_template.*",)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OWN_NAME = ("_name_or_path", "name_or_path")  # where a file was loaded from
-SECRET = re.compile(r"(?i)(token|use_auth_token|.*(hub|hf|auth|access|api)_token|.*(secret|password|api_?key).*)")
 GONE = object()  # what is left out of a recipe
 
 

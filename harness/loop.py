@@ -16,9 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness import checks, evidence, interpreters, outcomes, report, schedule, tasks
+from harness import checks, evidence, interpreters, outcomes, report, schedule, tasks, trackers
 from harness.asking import SERVED, TOOLS
-from harness.config import ARMS, LoopConfig
+from harness.config import ARMS, LoopConfig, Recipes
 from harness.errors import LoopError, StageError
 from harness.files import below, digest, disk_errors, write_json, write_text
 from harness.interpreters import Interpreter
@@ -117,6 +117,7 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
     """
     store, folder = Store(out / "stages"), RunDir(out / config.name)
     noted = folder.noted()
+    trackers.check(config.report_to)
     pair, on_hub = check_pair(config)
     if config.iterations:
         checks.check_processes(recipes["distill"], config.launcher)
@@ -483,6 +484,11 @@ class Published:
         self.outcomes: dict[str, list[outcomes.Outcome]] = {}  # by key
         self.seen: set[str] = set()  # places
         self.arms: list[evidence.Arm] = []  # what came of each, once it was written at the end
+        recipes: dict[str, Recipe] = {}
+        for step in run.steps:
+            recipes.setdefault(step.stage.kind.name, step.stage.recipes.get(RECIPE, {}))
+        ours = {name: recipe for name, recipe in recipes.items() if name in Recipes.model_fields}
+        self.trackers = trackers.Trackers(run.config, run.folder.root, ours, view.say)
 
     def look(self, ended: str = "") -> None:
         """Link and publish every step that is done and was not so far; `ended` is the key of a stage that has ended."""
@@ -562,6 +568,7 @@ class Published:
             if questions:
                 write_text(self.run.folder.outcomes, "".join(json.dumps(question) + "\n" for question in questions))
             write_json(self.run.folder.results, results)
+        self.trackers.write(trackers.figures(rows, results["wall_s"] if at_end else 0.0, cost), at_end)
         return results
 
 

@@ -70,11 +70,13 @@ class Runner(Protocol):
 
     Attributes:
         preloaded: whether it has imported the tools, so that a command need not.
+        stopped: whether it was told to end everything.
         preload_s: how long that took, in seconds.
         busy_s: for how long at least one command was running since.
     """
 
     preloaded: bool
+    stopped: bool
     preload_s: float
     busy_s: float
 
@@ -94,6 +96,7 @@ class Runner(Protocol):
         log: Path,
         hold: Path | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        within_s: float | None = None,
     ) -> Usage:
         """Run one command to its end, its output appended to `log`.
 
@@ -103,9 +106,11 @@ class Runner(Protocol):
             log: a file.
             hold: a lock file that is held for as long as anything of the command is alive.
             on_progress: called as the tool's own progress bar moves.
+            within_s: seconds after which it is ended; None: it may take as long as it likes.
 
         Raises:
-            ToolError: if it exits with anything but 0; the text names the command, the log and the log's last line.
+            ToolError: if it exits with anything but 0, or too late; the text names the command, the log and the log's
+                last line.
         """
 
 
@@ -126,7 +131,7 @@ class LocalRunner:
         self._events: dict[int, threading.Event] = {}
         self._ready = threading.Event()
         self._number = 0
-        self._stopped = self._gone = False
+        self.stopped = self._gone = False
         self._busy_since: float | None = None
         self._link, theirs = socket.socketpair()
         self.log = log
@@ -162,6 +167,7 @@ class LocalRunner:
         log: Path,
         hold: Path | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        within_s: float | None = None,
     ) -> Usage:
         """As `Runner.run`."""
         title = " ".join([Path(command[0]).name, *command[1 : 3 if command[1:2] == ["-m"] else 2]])
@@ -172,9 +178,13 @@ class LocalRunner:
         number, done = self._begin(title, command, environment, log, hold)
         memory = Memory()
         seen: Progress | None = None
+        late = False
         try:
             while not done.wait(0.1):
                 memory.look(self._replies[number].get("pid"))
+                if within_s is not None and not late and time.monotonic() - begun > within_s:
+                    late = True
+                    self._order(stop=number)
                 if on_progress and (now := progress(log, start)) and now != seen:
                     on_progress(now)
                     seen = now
@@ -184,6 +194,8 @@ class LocalRunner:
         finally:
             self._end()
         said = self._replies.pop(number)
+        if within_s is not None and late and said.get("code") != 0:
+            raise ToolError(f"{title} was ended: it took longer than {within_s / 3600:.2g} h\nits log so far: {log}")
         if said.get("code") != 0:
             raise ToolError(obituary(title, said.get("code"), log, start))
         peak = max(memory.peak_mb, said["peak_mb"])
@@ -192,7 +204,7 @@ class LocalRunner:
     def stop(self) -> None:
         """End every command that is running, and let no other begin. The threads that ran them get a `ToolError`."""
         with self._lock:
-            self._stopped = True
+            self.stopped = True
             running = list(self._events)
         for number in running:
             self._order(stop=number)
@@ -200,7 +212,7 @@ class LocalRunner:
     def close(self) -> None:
         """Let the keeper go, and with it everything that still runs; what was told to stop gets its time to."""
         deadline = time.monotonic() + PATIENCE_S
-        for event in list(self._events.values()) if self._stopped else []:
+        for event in list(self._events.values()) if self.stopped else []:
             event.wait(max(0.0, deadline - time.monotonic()))
         if not self._ready.is_set():
             self._keeper.terminate()  # it is importing and does not listen
@@ -223,9 +235,9 @@ class LocalRunner:
         self, title: str, command: list[str], environment: Mapping[str, str], log: Path, hold: Path | None
     ) -> tuple[int, threading.Event]:
         with self._lock:
-            if self._gone and not self._stopped:
+            if self._gone and not self.stopped:
                 raise ToolError(f"{title} failed: the process that runs commands was killed\nits log: {self.log}")
-            if self._stopped:
+            if self.stopped:
                 raise ToolError(f"{title}: stopped before it began")
             self._number += 1
             number, done = self._number, threading.Event()

@@ -5,6 +5,7 @@ Once through its command, from outside; the rest in this process, on a runner th
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from small import Ran, prepared, run_here, small_loop, ts_loop
 
 from harness import dial, evidence, loop, report
@@ -369,6 +371,11 @@ def test_a_failed_stage_ends_the_run_and_costs_nothing_already_done(
     assert log.read_text().startswith("$ axolotl train ")
     assert len(rows_of(out / "small")) == 2  # of the pair as it came
     assert not (log.parent / "stage.json").exists()
+    said = Console(file=io.StringIO(), width=200)
+    run = prepared(config, out, ("distill.optimizer=no_such_optimizer", "retries=1"), view=View(said))
+    with pytest.raises(StageError):
+        loop.go(run, View(said), runner)
+    assert said.file.getvalue().count("tried again; 0 more times at most") == 1  # type: ignore[attr-defined]
     again = run_here(config, out, runner)
     assert "7 of 7 stages" not in again.said
     assert len(again.results["rows"]) == 4

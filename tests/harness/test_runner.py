@@ -120,6 +120,14 @@ def test_nothing_reaches_the_terminal(either: LocalRunner, tmp_path: Path, capfd
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_command_that_takes_too_long_is_ended_with_all_it_started(either: LocalRunner, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    with pytest.raises(ToolError, match=r"sleeps.* was ended: it took longer than 0.00028 h\n.*log.txt$"):
+        either.run(python("abandons_and_sleeps"), {}, log, within_s=1.0)
+    assert gone_within(2, lambda: [p for p in descendants(either) if "sleeps" in " ".join(p.cmdline())])
+    assert either.run(python("speaks"), {}, log, within_s=60.0).wall_s < 60  # the runner goes on
+
+
 @pytest.mark.parametrize(
     ("program", "says"),
     [
