@@ -12,13 +12,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from harness.errors import LoopError, StageError
 from harness.interpreters import Interpreter
 from harness.stages import OWN, RECIPE, External, Output, Recipe, Source, slot
 from thinkswitch_plugin.kept_answers import SUFFIX as KEPT
 from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS, Trace
+
+if TYPE_CHECKING:
+    from harness.tasks import Task
 
 ANSWERS = "answers"  # the folder inside a stage's that lm-eval fills
 NF4_COPY = "nf4"
@@ -104,6 +109,21 @@ def recipe_for(
     if interpreter:
         inputs["python"] = External(interpreter.path, f"python {interpreter.python}")  # wherever it lies
     return result, inputs
+
+
+def generation(recipe: Recipe) -> dict[str, Any]:
+    """What an lm-eval config says of how answers are written, before which the task's own settings yield."""
+    said = recipe.get("gen_kwargs") or {}
+    if isinstance(said, str):
+        return {key: yaml.safe_load(value) for key, _, value in (part.partition("=") for part in said.split(","))}
+    return dict(said)
+
+
+def is_greedy(recipe: Recipe, task: Task) -> bool:
+    """Whether a task's answers are the likeliest, the same each time: for lm-eval they are without a temperature."""
+    said = generation(recipe)
+    cold = said.get("temperature", task.temperature) in (None, 0)
+    return cold or said.get("do_sample", task.do_sample) is False
 
 
 def commands_for(recipe: Recipe, nf4: bool, interpreter: Interpreter | None = None) -> list[tuple[str, ...]]:

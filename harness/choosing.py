@@ -6,7 +6,8 @@ t = 0 is the anchor itself, asked again under another seed, and shows what it ta
 many traces and agrees as often with the anchor's first answers, each to a point, while every smaller t passes too. A
 merge breaks down for good beyond some t (arXiv 2510.10977): what passes beyond one that failed did so by chance. All t
 are asked under the seed of the anchor's second answers, so that the anchor's twin draws what it drew and chance is on
-both sides alike. Where decoding is greedy the anchor agrees with itself on everything, and only a point may change.
+both sides alike. Where labels are decoded greedily, a seed changes nothing and the anchor would agree with itself on
+everything: then all t, the anchor among them, are sampled from what they think likely (temperature 1).
 Without `labels` it is instead the t with the best score; of equals the largest.
 
 Knows what two answers to one prompt must share to agree. Leaves to lm-eval what a task's own filters read, to
@@ -91,6 +92,8 @@ def chosen(tried: Sequence[Tried]) -> dict[str, Any]:
             f"{closed:.1%} closed are demanded; the anchor agrees with itself on {anchor.agreement:.1%} alone: such "
             "answers cannot be compared, name a task by validate: to have them judged"
         )
+    if anchor.n * POINT < 1:
+        bounds += ", which is less than one answer, so chance weighs much"
     why = f"t = {best.t:g}" + (f" ({_came_to(best)})" if best.t else ", the anchor itself")
     why += f"; t = {failed.t:g} falls short ({_came_to(failed)})" if failed else ", the largest there is"
     return {

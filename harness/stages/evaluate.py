@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from harness import asking, outcomes
 from harness.asking import ANSWERS, NF4_COPY, Settings
 from harness.errors import LoopError
@@ -74,14 +72,10 @@ def check_repeats(recipe: Recipe, tasks: Sequence[Task]) -> None:
     Raises:
         LoopError: they would be decoded greedily, or a server would be given the same seed for each.
     """
-    said = recipe.get("gen_kwargs") or {}
-    if isinstance(said, str):
-        said = {key: yaml.safe_load(value) for key, _, value in (part.partition("=") for part in said.split(","))}
+    said = asking.generation(recipe)
     for task in (task for task in tasks if task.repeats > 1):
         often = f"task {task.name} asks each question {task.repeats} times (repeats)"
-        # As lm-eval has it: without a temperature it is 0, which is greedy whatever else is said.
-        cold = said.get("temperature", task.temperature) in (None, 0)
-        if cold or said.get("do_sample", task.do_sample) is False:
+        if asking.is_greedy(recipe, task):
             raise LoopError(
                 f"{often}, and greedy decoding gives the same answer each time; sample, with --set "
                 "evaluate.gen_kwargs.do_sample=true and --set evaluate.gen_kwargs.temperature=…, or ask once"

@@ -39,8 +39,12 @@ def build(
         thinking: the checkpoint that answers.
         prompts: the user's own, as `read_prompts` gives them, where the task is `prompts_file`.
         interpreter: whose lm-eval asks, if not this environment's.
-        labels: its answers are to be learnt from.
+        labels: its answers are to be learnt from; else it is tried, and sampled at temperature 1 where the recipe is
+            greedy, as a seed would change nothing then.
     """
+    if not labels and any(asking.is_greedy(recipe, task) for task in tasks):
+        said = asking.generation(recipe)
+        recipe = {**recipe, "gen_kwargs": {**said, "do_sample": True, "temperature": said.get("temperature") or 1.0}}
     resolved, inputs = asking.recipe_for(recipe, settings, [task.name for task in tasks], thinking, interpreter)
     resolved["predict_only"] = True
     files = {}
