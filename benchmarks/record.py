@@ -39,7 +39,7 @@ class Recorder:
         parser.add_argument(
             "--record", nargs="?", type=Path, const=Path(), metavar="FILE", help="keep the figures in docs/results/"
         )
-        self.begun, self.load = time.time(), os.getloadavg()[0]
+        self.begun, self.load, self.commit = time.time(), os.getloadavg()[0], commit()
 
     def keep(self, asked: argparse.Namespace, name: str, figures: dict[str, Any], **versions: Any) -> None:
         """Print the figures as a line of JSON, and keep them if that was asked for.
@@ -57,7 +57,7 @@ class Recorder:
         file = FOLDER / f"{name}.json" if asked.record == Path() else asked.record
         facts = {
             "command": command(),
-            **commit(),
+            **self.commit,
             "date": datetime.datetime.fromtimestamp(self.begun, datetime.timezone.utc).date().isoformat(),
             "seconds": round(time.time() - self.begun),
             "machine": {**machine(), "load": round(self.load, 1)},
