@@ -72,9 +72,11 @@ class LoopConfig(BaseModel):
     is Axolotl's, with what it is given (`torchrun --nproc_per_node=2`); other than `python` it gets all GPUs. `limit`
     asks only so many questions and prompts a task. `arms` are baselines that are run beside it (`plan` says which);
     `gold` is a .jsonl of conversations with right answers, which only the arm of that name reads. `seeds` runs all of
-    it once with each. `python` names the interpreter of another environment whose lm-eval
-    runs a recipe (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own. `report_to` names the trackers that
-    are told the run's figures, or `none`: only `tensorboard`'s files are written where it is left out.
+    it once with each. `limits` are the hours that a stage of a kind may take (`{generate: 4}`): one that hangs ends
+    then. `retries` is how often a stage whose tool failed, or was ended so, is tried again, from where it was.
+    `python` names the interpreter of another environment whose lm-eval runs a recipe
+    (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own. `report_to` names the trackers that are told the
+    run's figures, or `none`; left out, TensorBoard's files are written beside the run.
     """
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True)
@@ -99,6 +101,10 @@ class LoopConfig(BaseModel):
     launcher: str = "python"
     limit: int | None = Field(default=None, ge=1)
     usd_per_hour: float | None = Field(default=None, ge=0.0)
+    limits: dict[Literal["generate", "distill", "reconstruct", "evaluate"], Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict
+    )
+    retries: int = Field(default=0, ge=0, le=100)
     python: dict[Literal["generate", "evaluate", "evaluate_thinking"], Path] = Field(default_factory=dict)
     report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = ["tensorboard"]
     recipes: Recipes

@@ -24,7 +24,7 @@ from harness.files import below, digest, disk_errors, write_json, write_text
 from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
-from harness.runner import Runner, Usage, devices, has_bf16, start
+from harness.runner import Runner, ToolError, Usage, devices, has_bf16, start
 from harness.stages import RECIPE, External, Keys, Output, Recipe, Stage, choose, dump, placed, reconstruct
 from harness.store import Known, Store, is_checkpoint, loaded, stamp
 from harness.view import View
@@ -315,7 +315,14 @@ def perform(run: Run, runner: Runner, view: View, key: str, environment: dict[st
                 view.elsewhere(key)
                 return False
             if not run.store.record(key) or run.store.lacks(key):  # else another run has done it meanwhile
-                make(run, runner, view, stage, folder, environment)
+                for tries in range(run.config.retries, -1, -1):
+                    try:
+                        make(run, runner, view, stage, folder, environment)
+                        break
+                    except ToolError as error:
+                        if not tries or runner.stopped:
+                            raise
+                        view.say(f"{error}\ntried again; {tries - 1} more times at most")
         return True
     except StageError:
         raise
@@ -333,10 +340,10 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
     """
     key = run.keys[stage]
     unchanged(run)
-    begun = time.monotonic()
-    start = [] if key in run.again else stage.kind.resumes(run.store.folder(key))
-    run.store.clear(key, start)
-    if start:
+    begun, limit = time.monotonic(), run.config.limits.get(stage.kind.name)  # type: ignore[call-overload]
+    done = [] if key in run.again else stage.kind.resumes(run.store.folder(key))
+    run.store.clear(key, done)
+    if done:
         view.resumed(key, stage)
     with disk_errors(folder):
         paths = write_recipes(run, stage)
@@ -347,7 +354,8 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
             with log.open("a", encoding="utf-8") as file:
                 file.write(f"$ {' '.join(command)}\n")
             told = partial(view.progress, key, stage)
-            used.append(runner.run(command, environment, log, run.store.hold(key), told))
+            within = None if limit is None else max(1.0, 3600 * limit - (time.monotonic() - begun))
+            used.append(runner.run(command, environment, log, run.store.hold(key), told, within))
         for source, target in stage.renames:
             (folder / source).rename(folder / target)
         for pattern in stage.scratch:
