@@ -23,7 +23,7 @@ from harness.files import below, digest, disk_errors, write_json, write_text
 from harness.lineage import Chosen, Parent, Step
 from harness.model_card import AGAIN, Licence
 from harness.stages import RECIPE, STAND_IN, dump
-from harness.stages.distill import ADAPTER
+from harness.stages.distill import ADAPTER, SAVED
 from thinkswitch_plugin.prompts import FILES as PROMPT_FILES
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
@@ -335,6 +335,9 @@ def _recipe(chosen: Chosen, name: str, step: Step, places: re.Pattern[str]) -> d
         further = [entry for entry in others if entry.get("path") != like.get("path")]
         kept = {k: v for k, v in like.items() if k not in ("path", "data_files", "ds_type", "split")}
         recipe["datasets"] = [kept, *further]
+        recipe.pop("auto_resume_from_checkpoints", None)
+        if SAVED.items() <= recipe.items():  # the loop's own, where the recipe keeps none
+            recipe = {**{key: value for key, value in recipe.items() if key not in SAVED}, "save_strategy": "no"}
     result: dict[str, Any] = cleaned(named(recipe), places)
     return {key: value for key, value in result.items() if value not in ({}, [])}
 

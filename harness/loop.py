@@ -402,7 +402,8 @@ def write_recipes(run: Run, stage: Stage) -> dict[str, str]:
     folder = Path(paths["stage"])
     folder.mkdir(parents=True, exist_ok=True)
     for name, recipe in stage.recipes.items():
-        (folder / name).write_text(dump(placed(recipe, paths)), encoding="utf-8")
+        more = stage.reports if name == RECIPE else {}
+        (folder / name).write_text(dump(placed({**recipe, **more}, paths)), encoding="utf-8")
     for name, text in stage.files.items():
         (folder / name).write_text(text, encoding="utf-8")
     return paths
@@ -494,7 +495,7 @@ class Published:
         self.arms: list[evidence.Arm] = []  # what came of each, once it was written at the end
         recipes: dict[str, Recipe] = {}
         for step in run.steps:
-            recipes.setdefault(step.stage.kind.name, step.stage.recipes.get(RECIPE, {}))
+            recipes.setdefault(step.stage.kind.name, {**step.stage.recipes.get(RECIPE, {}), **step.stage.reports})
         ours = {name: recipe for name, recipe in recipes.items() if name in Recipes.model_fields}
         self.trackers = trackers.Trackers(run.config, run.folder.root, ours, view.say)
 

@@ -121,6 +121,7 @@ class Stage:
         wide: whether it takes all devices at once.
         whole_cpu: whether it takes all cores where it does not run on an accelerator.
         versions: of the tools, where its commands run in another environment than this one.
+        reports: what its `RECIPE` says besides of where the tool reports to, which changes nothing that comes out.
     """
 
     kind: Kind
@@ -135,6 +136,7 @@ class Stage:
     wide: bool = False
     whole_cpu: bool = False
     versions: Mapping[str, str] | None = None
+    reports: Mapping[str, Any] = field(default_factory=dict)
 
     def needs(self) -> list[Stage]:
         """The stages whose outputs it reads."""

@@ -6,6 +6,7 @@ An adapter is trained and merged; a recipe without one trains the whole checkpoi
 from __future__ import annotations
 
 import copy
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -35,6 +36,8 @@ PHASES = {
 }
 # A training that is stopped loses a tenth at most, unless the recipe says how it is to be saved.
 SAVED: Recipe = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}
+# Axolotl's keys of trackers, for the trainer's own curves.
+REPORTS = re.compile(r"use_(tensorboard|wandb|trackio|mlflow|comet)$|(wandb|trackio|mlflow|hf_mlflow|comet)_")
 SAID = {"trace_stripping": trace_stripping.sentence, "on_policy_kl": on_policy_kl.sentence}  # by a plugin's facts file
 
 
@@ -99,6 +102,7 @@ def build(
     if ours:
         resolved |= SAVED
     resolved["auto_resume_from_checkpoints"] = True
+    reports = {key: resolved.pop(key) for key in list(resolved) if REPORTS.match(key)}
     name, *given = shlex.split(launcher)
     file = f"{OWN}/{RECIPE}"
     train = ("axolotl", "train", file, "--launcher", name, *(["--", *given] if given else []))
@@ -112,6 +116,7 @@ def build(
         scratch=("prepared", *([f"{ADAPTER if adapter else CHECKPOINT}/checkpoint-*"] if ours or not adapter else [])),
         wide=name != "python",
         whole_cpu=True,  # the loop waits for it, and what could run beside it is short
+        reports=reports,
     )
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from made_runs import a_run, row
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import trackers
-from harness.config import LoopConfig, load, recipes_folder
+from harness import loop, trackers
+from harness.config import LoopConfig, load, read_recipes, recipes_folder
 from harness.errors import LoopError
 from harness.loop import Published
 from harness.view import View
@@ -189,6 +190,25 @@ def test_a_run_is_published_to_them(shipped: LoopConfig, tmp_path: Path) -> None
     published = Published(run, View(quiet=True), [])
     assert published.trackers.settings["distill.learning_rate"] == 2e-3
     assert published.trackers.settings["reconstruct.parameters.t"] == 0.1
+
+
+def test_where_a_trainer_reports_to_names_no_other_stage(shipped: LoopConfig, tmp_path: Path) -> None:
+    recipes = read_recipes(shipped)
+    more = {"use_tensorboard": True, "wandb_project": "sums"}
+    runs = [
+        a_run(shipped, tmp_path, recipes={**recipes, "distill": {**recipes["distill"], **added}})
+        for added in ({}, more)
+    ]
+    keys = [[run.keys[step.stage] for step in run.steps] for run in runs]
+    assert keys[0] == keys[1]
+    stage = next(step.stage for step in runs[1].steps if step.name == "distill")
+    loop.write_recipes(runs[1], stage)
+    written = yaml.safe_load((runs[1].store.folder(runs[1].keys[stage]) / "recipe.yml").read_text())
+    assert more.items() <= written.items()
+    runs[1].folder.note(steps=[])
+    published = Published(runs[1], View(quiet=True), [])
+    assert trackers.told(published.trackers.recipe, "wandb") == {"project": "sums"}
+    assert trackers.told(published.trackers.recipe, "trackio") == {"project": "thinkswitch"}
 
 
 def test_the_command_imports_none_of_them() -> None:
