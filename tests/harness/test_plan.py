@@ -13,8 +13,9 @@ import yaml
 from made_runs import VERSIONS, inputs_for, planned, task, toy
 
 from harness.config import ARMS, LoopConfig, load, read_recipes, recipes_folder
-from harness.plan import Step, commands, pinned, plan
-from harness.stages import External, Keys, Output, Recipe
+from harness.errors import LoopError
+from harness.plan import GRID, PROMPTS, Step, commands, pinned, plan
+from harness.stages import External, Keys, Output, Recipe, distill, generate
 from harness.store import Known
 
 
@@ -151,11 +152,101 @@ def test_the_name_the_jobs_and_the_price_are_in_no_key(shipped: LoopConfig) -> N
 def test_what_the_author_wrote_in_a_recipe_stays(shipped: LoopConfig) -> None:
     written = read_recipes(shipped)
     ours = {"output_path", "output_dir", "dataset_prepared_path", "datasets", "model_args", "tasks", "seed"}
-    ours |= {"base_model", "models", "parameters"}
+    ours |= {"base_model", "models", "parameters", *distill.SAVED}
     for (_, name), step in planned(shipped).items():
         recipe = written[name.partition("_")[0]]
         kept = {key: value for key, value in recipe.items() if key not in ours}
         assert {key: recipe_of(step)[key] for key in kept} == kept
+
+
+# --- t: auto ---
+
+
+def auto(shipped: LoopConfig, **changes: Any) -> LoopConfig:
+    return shipped.model_copy(update={"t": "auto", **changes})
+
+
+def test_auto_rebuilds_and_tries_each_t_and_goes_on_with_what_is_chosen(shipped: LoopConfig) -> None:
+    steps, inputs = planned(auto(shipped)), inputs_for(shipped)
+    stages = {place: step.stage for place, step in steps.items()}
+    for k in (1, 2):
+        names = [name for iteration, name in steps if iteration == k]
+        tried = [f"{what}_t{t:g}" for t in GRID for what in ("reconstruct", "answer")]
+        tests = ["evaluate_instruct", "evaluate_thinking"]
+        assert names == ["generate", "distill", "answer_t0", *tried, "choose", *tests]
+        for t in GRID:
+            assert recipe_of(steps[k, f"reconstruct_t{t:g}"])["parameters"]["t"] == t
+            assert left_by(stages[k, f"answer_t{t:g}"].inputs["checkpoint"])[0] is stages[k, f"reconstruct_t{t:g}"]
+        assert left_by(stages[k, "evaluate_thinking"].inputs["checkpoint"]) == (stages[k, "choose"], "thinking")
+        choice = stages[k, "choose"]
+        assert [one["t"] for one in recipe_of(steps[k, "choose"])["tried"]] == [0.0, *GRID]
+        # With the first answers of the checkpoint that is interpolated with, which labelled the first iteration.
+        assert left_by(choice.inputs["labels"]) == (stages[1, "generate"], "answers")
+        assert choice.inputs["checkpoint_0"] == inputs.thinking
+    assert left_by(stages[2, "generate"].inputs["checkpoint"]) == (stages[1, "choose"], "thinking")
+
+
+def test_a_t_that_is_tried_is_the_rebuilding_that_a_run_with_it_has(shipped: LoopConfig) -> None:
+    keys = Keys(VERSIONS)
+    tried = planned(auto(shipped))
+    for t in (0.1, 0.7):
+        fixed = planned(shipped.model_copy(update={"t": t}))
+        assert keys[tried[1, f"reconstruct_t{t:g}"].stage] == keys[fixed[1, "reconstruct"].stage]
+
+
+def test_each_t_answers_few_prompts_under_another_seed_sampled_as_the_anchor_is(shipped: LoopConfig) -> None:
+    steps, keys = planned(auto(shipped, seed=7)), Keys(VERSIONS)
+    recipes = [recipe_of(steps[1, f"answer_t{t:g}"]) for t in (0.0, *GRID)]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    assert (recipes[0]["seed"], recipes[0]["limit"]) == ([8, 8, 8, 8], PROMPTS // 2)
+    assert recipes[0]["gen_kwargs"] == {"do_sample": True, "temperature": 1.0}
+    assert "gen_kwargs" not in recipe_of(steps[1, "generate"]), "labels are as the recipe says"
+    assert recipe_of(planned(auto(shipped, limit=5))[1, "answer_t0"])["limit"] == 5
+    warm = read_recipes(shipped)
+    warm["generate"]["gen_kwargs"] = {"do_sample": True, "temperature": 0.6, "max_gen_toks": 9}
+    sampled = planned(auto(shipped), recipes=warm)
+    assert recipe_of(sampled[1, "answer_t0.1"])["gen_kwargs"] == warm["generate"]["gen_kwargs"]
+    assert keys[steps[1, "answer_t0"].stage] == keys[steps[2, "answer_t0"].stage], "the anchor is asked again once"
+
+
+def test_a_t_that_closes_no_trace_ends_no_run(shipped: LoopConfig) -> None:
+    steps = planned(auto(shipped))
+    assert steps[1, "generate"].stage.kind is generate.KIND
+    assert steps[1, "answer_t0.9"].stage.kind is generate.TRIAL
+
+
+def test_the_anchor_that_is_previous_is_what_was_chosen(shipped: LoopConfig) -> None:
+    steps = planned(auto(shipped, anchor="previous"))
+    choice = steps[2, "choose"].stage
+    assert left_by(choice.inputs["checkpoint_0"]) == (steps[1, "choose"].stage, "thinking")
+    assert left_by(choice.inputs["labels"]) == (steps[2, "generate"].stage, "answers")
+
+
+def test_t_may_be_chosen_by_a_task_that_is_no_test(shipped: LoopConfig) -> None:
+    steps = planned(auto(shipped, limit=5), validate_tasks=[task("held_out", grades_traces=False)])
+    names = [name for iteration, name in steps if iteration == 1]
+    assert "answer_t0" not in names
+    assert [name for name in names if name.startswith("validate")] == [f"validate_t{t:g}" for t in (0.0, *GRID)]
+    asked = steps[1, "validate_t0.3"]
+    assert (recipe_of(asked)["tasks"], recipe_of(asked)["limit"], asked.checkpoint) == (["held_out"], 5, "")
+    choice = steps[1, "choose"].stage
+    assert "labels" not in choice.inputs
+    assert left_by(choice.inputs["graded_4"])[1] == "graded.jsonl"  # as its grader knows nothing of traces
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_chooses_a_t_of_its_own(shipped: LoopConfig, arm: str) -> None:
+    steps = planned(auto(shipped, arms=[arm]), gold=External("/came/gold.jsonl", "right"))
+    choice = steps[1, "choose"].stage
+    assert left_by(choice.inputs["labels"])[0].inputs["checkpoint"] == inputs_for(shipped).thinking
+    assert {step.stage.kind.name for step in steps.values()} >= {"reconstruct", "answer", "choose", "evaluate"}
+
+
+def test_auto_needs_one_t(shipped: LoopConfig) -> None:
+    recipes = read_recipes(shipped)
+    recipes["reconstruct"]["parameters"] = {"t": [{"filter": "mlp", "value": 0.1}, {"value": 0.5}]}
+    with pytest.raises(LoopError, match="--t auto: the reconstruct recipe has a t of its own for each part"):
+        planned(auto(shipped), recipes=recipes)
 
 
 # --- the user's own ---
