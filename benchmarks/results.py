@@ -234,7 +234,6 @@ def plan_memory(record: Record) -> str:
     told = para(
         f"MiB; the median of several runs, each in parentheses; what a training holds before a model: {floor:,.0f}."
     )
-    told += "\n"
     return "\n" + typed(record) + told + "\n" + table + made(record) + "\n"
 
 
