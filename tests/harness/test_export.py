@@ -1,5 +1,6 @@
 """A checkpoint as a folder to publish: what is in it, what must not be, and what the hub may answer.
 
+That a real run's loads, is scored the same, and is made again by its own recipes is seen in `test_loop`.
 The hub that is pushed to is a stand-in: a server of this process that takes a model as the hub's client hands it over.
 """
 
@@ -8,9 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,12 +19,11 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-import yaml
 from exported import COMMIT, INSTRUCT, adapter, made_up
 from safetensors.numpy import load_file
-from small import TS_LOOP, Ran, command_here, prepared, run_here, small_loop
+from small import TS_LOOP, command_here
 
-from harness import asking, export, lineage
+from harness import export, lineage
 from harness.config import LoopConfig
 from harness.errors import LoopError, StageError
 from harness.files import below
@@ -315,58 +314,3 @@ def test_after_a_refusal_the_folder_stays(made: Path, tmp_path: Path, hub: Hub) 
     assert said.stderr.count("\n") == 1
     assert "hf_mine" not in said.stdout + said.stderr
     assert (to / "model.safetensors").is_file()
-
-
-# --- a real run ---
-
-
-@pytest.fixture(scope="module")
-def ran(recipes: Path, runner: Any, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """An iteration on the embedded pair, made short."""
-    folder = tmp_path_factory.mktemp("run")
-    return run_here(small_loop(recipes, folder / "loop"), folder / "runs", runner)
-
-
-def answered(
-    ran: Ran, name: str, tool: Callable[..., str], folder: Path, arguments: dict[str, Any]
-) -> tuple[list[str], list[str]]:
-    """What a checkpoint of the run wrote to each question, and what lm-eval gets from a model it is told of."""
-    stage = ran.run.store.folder(ran.keys[name])
-    recipe = yaml.safe_load((stage / "recipe.yml").read_text())
-    recipe |= {"model_args": {**recipe["model_args"], **arguments}, "output_path": str(folder / "answers/results.json")}
-    (folder / "evaluate.yml").write_text(yaml.safe_dump(recipe))
-    tool("lm_eval", "run", "--config", folder / "evaluate.yml")
-    both = []
-    for place in (stage / "answers", folder / "answers"):
-        (task,) = asking.asked_tasks(place)
-        both.append([str((row["resps"], row["exact_match"])) for row in asking.samples(place, task)])
-    return both[0], both[1]
-
-
-def test_it_loads_as_any_model_and_lm_eval_scores_it_the_same(
-    ran: Ran, tool: Callable[..., str], tmp_path: Path
-) -> None:
-    out = ran.folder.parent
-    for name, adapter_only in (("instruct", False), ("thinking", False), ("instruct", True)):
-        folder = tmp_path / f"{name}{adapter_only}"
-        folder.mkdir()
-        to = written(out, f"small:{name}@1", folder / "there", adapter_only)
-        model = {"pretrained": str(to)}
-        if adapter_only:
-            model = {"pretrained": str(ran.run.pair["instruct"]), "peft": str(to)}
-        ours, theirs = answered(ran, f"1/evaluate_{name}", tool, folder, model)
-        assert len(ours) == 20
-        assert ours == theirs
-        for file in below(to):
-            for place in (ran.folder.parent, tmp_path, ran.run.pair["instruct"], Path.home(), "/tmp/"):
-                assert str(place).encode() not in file.read_bytes(), file
-
-
-def test_its_own_recipes_make_the_same_stages(ran: Ran, tmp_path: Path) -> None:
-    to = written(ran.folder.parent, "small:thinking@1", tmp_path / "there")
-    beside = to / export.AGAIN
-    for who, folder in ran.run.pair.items():
-        shutil.copytree(folder, beside / who)
-    shutil.copy(ran.folder.parent.parent / "loop" / "mine.jsonl", beside)
-    run = prepared(beside / "loop.yml", tmp_path / "runs")
-    assert {f"{step.iteration}/{step.name}": run.keys[step.stage] for step in run.steps} == ran.keys

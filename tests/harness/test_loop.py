@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import pytest
 import yaml
 from rich.console import Console
 from small import Ran, prepared, run_here, small_loop, ts_loop
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import dial, evidence, loop, report
+from harness import asking, dial, evidence, export, lineage, loop, report
 from harness.errors import LoopError, StageError
-from harness.files import digest
+from harness.files import below, digest
+from harness.model_card import AGAIN, Licence
 from harness.plan import Step, plan
 from harness.runner import LocalRunner
 from harness.stages import OWN, Kind, Output, Stage, slot
@@ -69,6 +72,75 @@ def test_the_dial_turns_the_last_iteration_s_t_and_trains_nothing(
     noted = json.loads((run / "run.json").read_text())["steps"]
     assert turned.keys[again.stage] in {step["key"] for step in noted}
     assert "the dial" in (report.write(out, ["small"])).read_text().lower()
+
+
+@pytest.mark.parametrize(("name", "adapter_only"), [("instruct", False), ("thinking", False), ("instruct", True)])
+def test_what_is_exported_loads_as_any_model_and_lm_eval_scores_it_the_same(
+    name: str,
+    adapter_only: bool,
+    finished: tuple[Path, Path, str],
+    recipes: Path,
+    tool: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    run = finished[0]
+    to = tmp_path / "there"
+    export.write(lineage.choose(run.parent, f"small:{name}@1"), to, Licence("apache-2.0"), "me/mine", adapter_only)
+    stage = run / "iter_01" / f"evaluate_{name}"
+    recipe = yaml.safe_load((stage / "recipe.yml").read_text())
+    model = {"pretrained": str(recipes / "mini/instruct"), "peft": str(to)} if adapter_only else {"pretrained": str(to)}
+    recipe |= {"model_args": {**recipe["model_args"], **model}, "output_path": str(tmp_path / "answers/results.json")}
+    (tmp_path / "evaluate.yml").write_text(yaml.safe_dump(recipe))
+    tool("lm_eval", "run", "--config", tmp_path / "evaluate.yml")
+    ours, theirs = (
+        [(row["resps"], row["exact_match"]) for row in asking.samples(place / "answers", "mini_qa")]
+        for place in (stage, tmp_path)
+    )
+    assert len(ours) == 20
+    assert ours == theirs
+    for file in below(to):
+        for place in (run.parent, finished[1].parent, tmp_path, recipes, Path.home(), "/tmp/"):
+            assert str(place).encode() not in file.read_bytes(), file
+
+
+def test_what_is_exported_is_made_again_by_its_own_recipes(
+    finished: tuple[Path, Path, str], recipes: Path, tmp_path: Path
+) -> None:
+    run, config, _ = finished
+    export.write(lineage.choose(run.parent, "small:thinking@1"), tmp_path / "there", Licence("mit"), "mine")
+    beside = tmp_path / "there" / AGAIN
+    for who in ("instruct", "thinking"):
+        shutil.copytree(recipes / "mini" / who, beside / who)
+    shutil.copy(config.parent / "mine.jsonl", beside)
+    again = prepared(beside / "loop.yml", tmp_path / "runs")
+    noted = json.loads((run / "run.json").read_text())["steps"]
+    assert {step.place: again.keys[step.stage] for step in again.steps} == {s["place"]: s["key"] for s in noted}
+
+
+def test_a_run_s_figures_are_tensorboard_s_too(copied: tuple[Path, Path], runner: LocalRunner) -> None:
+    out, config = copied
+
+    def read() -> dict[str, list[tuple[int, float]]]:
+        files = EventAccumulator(str(out / "small" / "tensorboard" / "thinkswitch-42"))
+        files.Reload()
+        return {tag: [(point.step, point.value) for point in files.Scalars(tag)] for tag in files.Tags()["scalars"]}
+
+    def results() -> dict[str, list[tuple[int, float]]]:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for row in rows_of(out / "small"):
+            place = f"eval/{row['task']}/{row['checkpoint']}"
+            for what in ("accuracy", "tokens_per_answer", "closed_traces"):
+                found.setdefault(f"{place}/{what}", []).append((row["iteration"], pytest.approx(row[what])))
+            if row.get("t") is not None:
+                found.setdefault("reconstruct/t", []).append((row["iteration"], pytest.approx(row["t"])))
+        return found
+
+    first = read()
+    assert {tag: points for tag, points in first.items() if tag != "run/wall_s"} == results()
+    ((step, seconds),) = first["run/wall_s"]
+    assert (step, seconds) == (1, pytest.approx(json.loads((out / "small/results.json").read_text())["wall_s"]))
+    run_here(config, out, runner)  # nothing is left to do, and no point shows twice
+    assert read() == first
 
 
 # --- from outside ---
