@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from harness.cli import compare, dial, export, gc, init, logs, loop, plan, report, status, think_map
+from harness.cli import compare, dial, doctor, export, gc, init, logs, loop, plan, report, status, think_map
 from harness.errors import LoopError, Stopped
 
 EPILOG = """\b
@@ -44,6 +44,7 @@ command = click.Group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     commands=[
         init.command,
+        doctor.command,
         plan.command,
         status.command,
         logs.command,

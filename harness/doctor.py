@@ -1,0 +1,247 @@
+"""Whether this machine can do what a run asks: what is here is looked at, and the tools are tried.
+
+The trial is a loop on the embedded pair with two prompts and two questions, by recipes for the device at hand: a real
+QLoRA training, a merge, a slerp and scores, in a folder that goes again. Knows what can be wrong with a machine; what
+can be wrong with a run is `loop.prepare`'s to say.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import psutil
+
+from harness import card, checks, loop, own
+from harness.config import LoopConfig, load, read_recipes, recipes_folder
+from harness.errors import LoopError
+from harness.runner import has_accelerator, nvml_handles
+from harness.stages import Recipe
+from harness.view import View
+
+State = Literal["ok", "warning", "failing"]
+ROOM = 10e9  # bytes of disk and of memory under which a run of any use gets tight
+SLOW_S = 20.0  # for one stage of the trial
+SKEW_S = 300.0  # between this clock and the hub's
+PATIENCE_S = 5.0  # for the hub to answer
+STACK = ("transformers", "peft", "trl", "bitsandbytes", "lm_eval", "datasets")  # what the tools above stand on
+PATHS = re.compile(r"(?<![\w.])(~|/)[^\s:,;'\"()]+")
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at.
+
+    Attributes:
+        what: it is.
+        state: of it.
+        said: what was found.
+        mend: what to do, where it is not ok.
+    """
+
+    what: str
+    state: State
+    said: str
+    mend: str = ""
+
+
+def look(config: Path | None, out: Path, view: View) -> Iterator[Finding]:
+    """Everything, in the order in which it is best mended.
+
+    Args:
+        config: a loop.yml that is to be run here, too; None for none.
+        out: where its runs go.
+        view: is told how the trial goes.
+    """
+    yield from packages()
+    yield from device()
+    yield memory()
+    yield from hub()
+    if config:
+        yield from asked(config, out, view)
+    else:
+        yield disk(out)
+    yield from trial(view)
+
+
+def packages() -> Iterator[Finding]:
+    """Python, and what thinkswitch asks for at the versions it asks for."""
+    from packaging.requirements import Requirement
+
+    python = platform.python_version()
+    fits = (3, 10) <= tuple(map(int, python.split(".")[:2])) <= (3, 12)
+    yield Finding("python", "ok" if fits else "failing", python, "" if fits else "install Python 3.10 to 3.12")
+    try:
+        wanted = [Requirement(line) for line in requires("thinkswitch") or []]
+    except PackageNotFoundError:
+        yield Finding("thinkswitch", "failing", "not installed", "pip install -c constraints.txt .")
+        return
+    found = []
+    for one in (one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})):
+        try:
+            has = version(one.name)
+        except PackageNotFoundError:
+            has = ""
+        if not has or not one.specifier.contains(has, prereleases=True):
+            yield Finding(one.name, "failing", has or "not installed", f"pip install '{one.name}{one.specifier}'")
+        found.append(f"{one.name} {has}")
+    found += [f"{name} {version(name)}" for name in STACK]
+    yield Finding("thinkswitch", "ok", f"{version('thinkswitch')} with {', '.join(found)}")
+
+
+def device() -> Iterator[Finding]:
+    """The accelerator, its driver, and whether torch was built for it."""
+    built = version("torch")
+    try:
+        at_hand = card.at_hand()
+    except LoopError as error:
+        yield Finding("device", "warning", str(error), "its memory is not watched; say --vram where it is asked for")
+        return
+    if not at_hand.gpu:
+        yield Finding("device", "ok", f"{at_hand.name}, torch {built}")
+        return
+    if built.endswith("+cpu"):
+        mend = "install the CUDA build of this torch, as pytorch.org says"
+        yield Finding("device", "failing", f"{at_hand.name}, and torch {built} cannot use it", mend)
+        return
+    import pynvml
+    import torch
+
+    nvml_handles()  # which opens the driver
+    driver, cuda = pynvml.nvmlSystemGetDriverVersion(), int(pynvml.nvmlSystemGetCudaDriverVersion())
+    knows, needs = (cuda // 1000, cuda % 1000 // 10), tuple(map(int, (torch.version.cuda or "0.0").split(".")))
+    said = f"{at_hand.name}, {at_hand.memory / 1e9:.1f} GB, driver {driver} (CUDA {knows[0]}.{knows[1]}), torch {built}"
+    state: State = "failing" if knows[0] < needs[0] else "warning" if knows < needs else "ok"
+    yield Finding("device", state, said, "" if state == "ok" else f"a driver for CUDA {torch.version.cuda}")
+    if not at_hand.bf16:
+        yield Finding("bfloat16", "warning", "this GPU does not compute in it", "ts-loop init writes float16 recipes")
+
+
+def memory() -> Finding:
+    """Main memory."""
+    found = psutil.virtual_memory()
+    said = f"{found.available / 1e9:.1f} of {found.total / 1e9:.1f} GB free"
+    short = found.available < ROOM
+    return Finding("memory", "warning" if short else "ok", said, "a merge holds a checkpoint in it" if short else "")
+
+
+def disk(out: Path, needed: float = ROOM) -> Finding:
+    """Room where runs go."""
+    place = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    said = f"{free / 1e9:.1f} GB free where runs go"
+    return Finding(
+        "disk", "ok" if free >= needed else "warning", said, "" if free >= needed else "another disk by --out"
+    )
+
+
+def hub() -> Iterator[Finding]:
+    """Whether checkpoints can be fetched, and whether the clock is right: a wrong one breaks TLS and signed links."""
+    import requests
+    from huggingface_hub import constants, get_token
+
+    token = "with a token" if get_token() else "without a token: what is gated is refused"
+    if constants.HF_HUB_OFFLINE:
+        yield Finding("hub", "ok", "HF_HUB_OFFLINE: local folders and what was fetched before")
+        return
+    try:
+        reply = requests.head(constants.ENDPOINT, timeout=PATIENCE_S)
+    except requests.RequestException as error:
+        mend = "local folders need none; else the network, or HF_ENDPOINT for a mirror"
+        yield Finding("hub", "warning", f"no answer ({type(error).__name__})", mend)
+        return
+    yield Finding("hub", "ok", f"answers, {token}")
+    try:
+        skew = abs((datetime.now(timezone.utc) - parsedate_to_datetime(reply.headers["Date"])).total_seconds())
+    except (KeyError, TypeError, ValueError):
+        return
+    late = skew > SKEW_S
+    yield Finding("clock", "warning" if late else "ok", f"{skew:.0f} s from the hub's", "set it" if late else "")
+
+
+def asked(file: Path, out: Path, view: View) -> Iterator[Finding]:
+    """A run that is to go here: whether it is refused, and whether what it writes has room."""
+    try:
+        config = load(file, {})
+        recipes = read_recipes(config)
+        run = loop.prepare(config, recipes, out, view)
+        todo = loop.pending(run)
+        kinds = {stage.kind.name: stage.recipes.get("recipe.yml", {}) for stage in todo.values()}
+        checks.check_accelerator(kinds, has_accelerator(), not has_accelerator() or card.at_hand().bf16)
+        yield Finding("loop.yml", "ok", f"{len(run.steps)} stages, {len(todo)} of them to be run")
+        checks.check_disk(run.store.root, run.pair["thinking"], sum(bool(s.kind.checkpoint) for s in todo.values()))
+        yield disk(out, 0)
+    except LoopError as error:
+        first, _, mend = str(error).partition("\n")
+        yield Finding("loop.yml", "failing", first, mend)
+
+
+def trial(view: View) -> Iterator[Finding]:
+    """The tools, tried: a finding a stage, and of one that failed what it said."""
+    with tempfile.TemporaryDirectory(prefix="ts-loop-doctor-") as name:
+        config, recipes = small(Path(name))
+        try:
+            run = loop.prepare(config, recipes, Path(name) / "runs", view)
+            loop.go(run, view, told=False)
+        except LoopError as error:
+            yield Finding("tools", "failing", str(error).partition("\n")[0], "its words above; the versions first")
+            return
+        finally:
+            view.close()
+        seconds: dict[str, list[float]] = {}
+        for step in run.steps:
+            if record := run.record(step):
+                seconds.setdefault(step.stage.kind.name, []).append(record["wall_s"])
+        for kind, took in seconds.items():
+            slow = max(took) > SLOW_S
+            mend = "the first run on a machine is slower; else a busy or throttled device" if slow else ""
+            yield Finding(kind, "warning" if slow else "ok", f"works, in {max(took):.1f} s at most", mend)
+
+
+def small(folder: Path) -> tuple[LoopConfig, dict[str, Recipe]]:
+    """The embedded pair's loop for the device at hand, two prompts and questions; `folder` is for its files."""
+    shipped = recipes_folder()
+    file, more = shipped / "loop.yml", {}
+    if has_accelerator():
+        instruct, thinking = (str(shipped / "mini" / role) for role in ("instruct", "thinking"))
+        wanted = own.Wanted(str(folder), instruct, thinking, prompts=["mini_math_prompts"], tasks=["mini_math"])
+        for name, text in own.prepared(wanted).texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        file = folder / "loop.yml"
+    else:
+        more = {"prompts": ["mini_math_prompts"], "tasks": ["mini_math"]}
+    config = load(file, {"name": "trial", "iterations": 1, "limit": 2, **more}, ("jobs=1", "report_to=[]"))
+    return config, read_recipes(config)
+
+
+def scrubbed(text: str, names: Iterable[str] = ()) -> str:
+    """A text without paths, the user's name, or `names` of theirs: for a report that others read."""
+    for name in sorted({*names, os.environ.get("USER", ""), platform.node()}, key=len, reverse=True):
+        if len(name) > 2:
+            text = text.replace(name, "…")
+    return PATHS.sub("PATH", text)
+
+
+def names_of(file: Path | None) -> list[str]:
+    """What a loop.yml calls its checkpoints, prompts, tasks and itself."""
+    if file is None:
+        return []
+    try:
+        config = load(file, {})
+    except LoopError:
+        return []
+    return [config.name, config.instruct, config.thinking, *config.prompts, *config.tasks]
+
+
+def stamp() -> str:
+    """When it was looked, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC"
