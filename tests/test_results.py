@@ -75,7 +75,7 @@ def test_a_block_without_its_record_is_left_and_said(results: Any) -> None:
 def test_medians_come_with_the_spread(results: Any) -> None:
     assert results.spread([0.9, 0.5, 0.7]) == "**0.70** (0.50 to 0.90, 3 rounds)"
     assert results.spread([0.9]) == "**0.90** (one round)"
-    assert results.spread([0.2, 0.4], 1, most=0.3) == "**0.3** (0.2 to 0.4, 2 rounds; at most 0.3)"
+    assert results.spread([0.25, 0.75], 2, most=0.5) == "**0.50** (0.25 to 0.75, 2 rounds; at most 0.5)"
     assert results.spread([1.5], 1, least=2) == "**1.5** (one round; at least 2: **missed**)"
 
 
