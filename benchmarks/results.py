@@ -96,8 +96,9 @@ def clock(seconds: float) -> str:
 
 
 def para(text: str) -> str:
-    """Sentences, broken as the page's are."""
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+    """Sentences, broken as the page's are; a number keeps its unit."""
+    held = text.replace(" %", "\u00a0%")
+    return textwrap.fill(held, 120, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ") + "\n"
 
 
 def typed(*kept: Record) -> str:
