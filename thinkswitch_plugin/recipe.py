@@ -7,6 +7,7 @@ each folder) and what a block's keys mean (`args`).
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
@@ -62,6 +63,17 @@ def refuse(name: str, cfg: Mapping[str, Any], refused: Mapping[str, str]) -> Non
     for key, why in refused.items():
         if cfg.get(key) and not (key.endswith("_size") and cfg[key] == 1):  # one is as good as none
             raise ValueError(f"{name}: {key} is set: {why}")
+
+
+def send_no_reports() -> None:
+    """Turn Axolotl's usage reports off, unless the user asked for them by AXOLOTL_DO_NOT_TRACK=0.
+
+    What is sent before it asks a plugin only that variable (=1) can stop.
+    """
+    from axolotl.telemetry.manager import TelemetryManager
+
+    if not os.environ.get("AXOLOTL_DO_NOT_TRACK"):
+        TelemetryManager.get_instance().enabled = False
 
 
 def seed_adapter(cfg: Any, plugin: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -20,6 +21,8 @@ BLOCK = "on_policy_kl"  # the key in a recipe, and the name of the file of facts
 DATASET_TYPE = "thinkswitch_plugin.on_policy_kl"
 PLUGIN = f"{DATASET_TYPE}.OnPolicyKLPlugin"
 SELF = "self"
+SERVER_KEY = "ON_POLICY_KL_API_KEY"  # not OpenAI's own variable: a recipe names the server, and must not get that key
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def _as_pairs(tags: Any) -> Any:
@@ -102,7 +105,11 @@ class OnPolicyKLConfig(BaseModel):
     server: str | None = Field(
         default=None,
         pattern=r"^https?://",
-        description="Base URL of an OpenAI-compatible server (vLLM, SGLang) that writes the rollouts.",
+        description="Base URL of an OpenAI-compatible server (vLLM, SGLang) that writes the rollouts. A key that "
+        f"it asks for is read from {SERVER_KEY}.",
+    )
+    server_plain_http: bool = Field(
+        default=False, description="Let a server on another machine be asked without encryption."
     )
     server_model: str | None = Field(default=None, description="The student's name at that server.")
     show_every: int = Field(default=0, ge=0, description="Show three rollouts in colour every so many steps; 0: never.")
@@ -143,8 +150,17 @@ class OnPolicyKLConfig(BaseModel):
                 raise ValueError(
                     "estimator sampled needs tokens drawn as the student would: set temperature 1, top_p 1 and top_k 0"
                 )
-        if self.server and not self.server_model:
-            raise ValueError("server needs server_model, the student's name there")
+        if self.server:
+            url = urlsplit(self.server)
+            if url.username or url.password:
+                raise ValueError(f"server has a user or password in its URL; give a key by {SERVER_KEY} instead")
+            if url.scheme == "http" and url.hostname not in LOOPBACK and not self.server_plain_http:
+                raise ValueError(
+                    f"server {url.hostname} would be sent prompts without encryption; use https, or say "
+                    "server_plain_http: true"
+                )
+            if not self.server_model:
+                raise ValueError("server needs server_model, the student's name there")
         if self.teacher == SELF and self.teacher_load_in_4bit:
             raise ValueError("teacher self has no weights of its own to hold in 4 bits; remove teacher_load_in_4bit")
         return self

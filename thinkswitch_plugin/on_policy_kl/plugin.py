@@ -24,6 +24,7 @@ from thinkswitch_plugin.recipe import (
     leave_lora_kernels_off,
     name_the_cpu,
     seed_adapter,
+    send_no_reports,
 )
 
 LOG = get_logger("axolotl.thinkswitch.on_policy_kl")
@@ -50,6 +51,7 @@ class OnPolicyKLPlugin(BasePlugin):
         # The manager is shared by all recipes of a process, and this one may not be ours.
         if not is_listed(cfg, PLUGIN):
             return
+        send_no_reports()
         config = read_block(cfg.get(BLOCK))
         entries = entries_of(cfg, DATASET_TYPE)
         check_recipe(cfg, len(entries), DATASET_TYPE)

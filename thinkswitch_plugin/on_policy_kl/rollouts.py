@@ -7,6 +7,7 @@ reads (`scoring`), the loss.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from thinkswitch_plugin.on_policy_kl.args import OnPolicyKLConfig
+from thinkswitch_plugin.on_policy_kl.args import SERVER_KEY, OnPolicyKLConfig
 
 SERVER_TIMEOUT_S = 3600  # a batch of long answers takes its time
 
@@ -270,8 +271,10 @@ def from_server(
         "logprobs": 1,
         "return_token_ids": True,
     }
+    key = os.environ.get(SERVER_KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        reply = requests.post(url, json=body, timeout=SERVER_TIMEOUT_S)
+        reply = requests.post(url, json=body, headers=headers, timeout=SERVER_TIMEOUT_S)
         reply.raise_for_status()
         choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
         repeated = [prompt for prompt in prompts for _ in range(config.rollouts_per_prompt)]

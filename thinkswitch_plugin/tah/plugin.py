@@ -26,6 +26,7 @@ from thinkswitch_plugin.recipe import (
     name_the_cpu,
     refuse,
     seed_adapter,
+    send_no_reports,
     spreads,
 )
 from thinkswitch_plugin.tah.args import ADAPTER, PLUGIN, TaHBlock, read_block
@@ -88,6 +89,7 @@ class TaHPlugin(BasePlugin):
         """
         if not is_listed(cfg, PLUGIN):
             return
+        send_no_reports()
         block = read_block(cfg.get("tah"))
         if cfg.get("adapter") != ADAPTER:
             raise ValueError(f"tah: adapter is {cfg.get('adapter')!r}; write `adapter: {ADAPTER}`")

@@ -21,7 +21,7 @@ from axolotl.utils.dict import DictDefault
 from transformers.trainer_utils import unwrap_peft_model
 
 from thinkswitch_plugin.facts import attached, publish
-from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, name_the_cpu, seed_adapter
+from thinkswitch_plugin.recipe import entries_of, fingerprint, is_listed, name_the_cpu, seed_adapter, send_no_reports
 from thinkswitch_plugin.trace_stripping.args import BLOCK, DATASET_TYPE, PLUGIN, read_block
 from thinkswitch_plugin.trace_stripping.report import PREFIX, Report
 from thinkswitch_plugin.trace_stripping.strategy import LOG
@@ -45,6 +45,7 @@ class TraceStrippingPlugin(BasePlugin):
         # The manager is shared by all recipes of a process, and this one may not be ours.
         if not is_listed(cfg, PLUGIN):
             return
+        send_no_reports()
         config = read_block(cfg.get(BLOCK))
         entries = entries_of(cfg, DATASET_TYPE)
         if not entries:

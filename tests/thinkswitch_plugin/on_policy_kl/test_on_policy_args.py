@@ -43,6 +43,8 @@ ENTRY = {"path": "prompts.jsonl", "type": "thinkswitch_plugin.on_policy_kl"}
         ({"teacher": "self", "rollouts_per_prompt": 8, "rollout_batch_size": 4}, "rollout_batch_size is less than"),
         ({"teacher": "self", "server": "http://localhost:8000"}, "server needs server_model"),
         ({"teacher": "self", "server": "localhost:8000", "server_model": "m"}, "on_policy_kl.server"),
+        ({"teacher": "self", "server": "https://me:word@host", "server_model": "m"}, "key by ON_POLICY_KL_API_KEY"),
+        ({"teacher": "self", "server": "http://10.0.0.7:8000", "server_model": "m"}, "use https, or say"),
         ({"teacher": "self", "tags": "</think>"}, "on_policy_kl.tags: Input should be a valid list"),
         ({"teacher": "self", "tags": []}, "on_policy_kl.tags"),
         ({"teacher": "self", "tags": 1}, "on_policy_kl.tags: Input should be a valid list"),

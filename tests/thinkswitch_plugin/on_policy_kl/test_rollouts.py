@@ -155,11 +155,15 @@ class Completions(BaseHTTPRequestHandler):
     model: Any
     tokenizer: Any
     with_ids: bool
+    key = ""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if asked["model"] != "student":
             self.send_error(404, "no such model")
+            return
+        if self.key and self.headers["Authorization"] != f"Bearer {self.key}":
+            self.send_error(401, "who are you?")
             return
         choices = []
         for ids in [ids for ids in asked["prompt"] for _ in range(asked["n"])]:
@@ -207,6 +211,20 @@ def test_a_server_that_does_not_serve_is_one_line(server: str, tokenizer: Any, m
     url = f"http://127.0.0.1:{port}" if port else server
     with pytest.raises(ValueError, match=r"^on_policy_kl: server http://127.0.0.1:\d+/v1/completions: no completions"):
         from_server([[5]], OnPolicyKLConfig(teacher="self", server=url, server_model=model), [2], tokenizer)
+
+
+def test_a_server_s_key_is_the_environment_s_and_is_never_said(
+    server: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = OnPolicyKLConfig(teacher="self", temperature=0.0, max_new_tokens=3, server=server, server_model="student")
+    monkeypatch.setattr(Completions, "key", "s3cret")
+    for key in ("", "wr0ng"):
+        monkeypatch.setenv("ON_POLICY_KL_API_KEY", key)
+        with pytest.raises(ValueError, match="401") as error:
+            from_server([prompt(tokenizer, "Compute 1+1.")], config, [2], tokenizer)
+        assert "wr0ng" not in str(error.value)
+    monkeypatch.setenv("ON_POLICY_KL_API_KEY", "s3cret")
+    assert len(from_server([prompt(tokenizer, "Compute 1+1.")], config, [2], tokenizer)) == 1
 
 
 def test_layout() -> None:
