@@ -61,7 +61,7 @@ def by_iteration(task: str, rows: Sequence[Row]) -> str:
 def arms(title: str, rows: Sequence[Row]) -> str:
     """Accuracy by iteration, a line an arm; rows: iteration, arm, accuracy. A single iteration is a point."""
     x = {"field": "iteration", "type": "ordinal", "title": "iteration", "axis": {"labelAngle": 0, "grid": False}}
-    y = {"field": "accuracy", "type": "quantitative", "title": None, "axis": SHARE, "scale": {"zero": False}}
+    y = {"field": "accuracy", "type": "quantitative", "title": None, "axis": SHARE}
     arm = {"field": "arm", "type": "nominal", "sort": None, "legend": {"columns": 3}}
     mark = {"type": "line", "point": {"filled": True, "size": 45}}
     return svg({"title": title, "mark": mark, "encoding": {"x": x, "y": y, "color": arm}}, rows)

@@ -18,7 +18,6 @@ from harness.report import Report
 from harness.stats import Estimate
 from harness.view import (
     APART_HEADS,
-    ARM_HEADS,
     CHOICE_HEADS,
     COMPARISON_HEADS,
     DIAL_HEADS,
@@ -28,6 +27,7 @@ from harness.view import (
     REPEAT_HEADS,
     apart_cells,
     arm_cells,
+    arm_heads,
     change,
     choice_cells,
     choices,
@@ -218,9 +218,10 @@ def tables(report: Report, rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "id": "arms",
             "title": "Arms",
-            "note": "At their last iteration; accuracy over all seeds, points and p-values over questions, corrected "
-            "for there being several arms and tasks (Holm); over seeds: Student's interval.",
-            "heads": ARM_HEADS,
+            "note": "At their last iteration (merge_only has one: further ones would be the same); points and p-values "
+            "over questions, corrected for there being several arms and tasks (Holm)"
+            + ("; accuracy over all seeds; over seeds: Student's interval." if report.seeds > 1 else "."),
+            "heads": arm_heads(report.arms),
             "rows": arm_cells(report.arms),
             "texts": 3,
         },

@@ -387,6 +387,7 @@ ARM_HEADS = (
 
 def arm_cells(found: Sequence[Arm]) -> list[list[str]]:
     """What came of each arm, for the table and the page."""
+    width = len(arm_heads(found))
     return [
         [
             one.task,
@@ -400,14 +401,19 @@ def arm_cells(found: Sequence[Arm]) -> list[list[str]]:
             in_points(one.beside.gain) if one.beside else "",
             f"{one.beside.p:.2g}" if one.beside else "",
             in_points(one.beside.seeds) if one.beside and one.beside.seeds else "",
-        ]
+        ][:width]
         for one in found
     ]
 
 
+def arm_heads(found: Sequence[Arm]) -> tuple[str, ...]:
+    """The heads of those cells: the last says something of several seeds alone."""
+    return ARM_HEADS if any(one.beside and one.beside.seeds for one in found) else ARM_HEADS[:-1]
+
+
 def arm_table(found: Sequence[Arm]) -> Table:
     """What came of each arm; p-values are corrected for there being several."""
-    return _lines("arms, at their last iteration", ARM_HEADS, arm_cells(found), 3)
+    return _lines("arms, at their last iteration", arm_heads(found), arm_cells(found), 3)
 
 
 COMPARISON_HEADS = ("task", "checkpoint", "before", "after", "points (95 %)", "gained", "lost", "p", "tokens")

@@ -237,9 +237,19 @@ def test_arms_have_a_line_each_in_a_chart_for_each_checkpoint() -> None:
     alone = Page(page([reported(by_arm=of("thinkswitch", *ROWS))]))
     two = Page(page([reported(by_arm=[*of("thinkswitch", *ROWS), *of("merge_only", *ROWS[:2])])]))
     assert two.seen.count("svg") == alone.seen.count("svg") + 2
-    for words in ("mini_math, instruct: arms", "mini_math, thinking: arms", "merge_only"):
+    for words in ("mini_math, instruct: arms", "mini_math, thinking: arms", "of every arm by iteration"):
         assert words in two.words
         assert words not in alone.words
+
+
+def test_arms_of_one_seed_say_nothing_of_seeds() -> None:
+    rows = [*asked("01"), *asked("11", iteration=1), *asked("01", arm="gold"), *asked("01", arm="gold", iteration=1)]
+    two = [*rows, *[{**row, "seed": 1} for row in rows]]
+    for arms, there in ((evidence.arms(rows), False), (evidence.arms(two), True)):
+        shown = page([reported(arms=arms)]).partition('<table id="arms">')[2].partition("</table>")[0]
+        assert ("over seeds" in shown) is there
+        cells = [line.count("<td") for line in shown.split("<tr>")[2:]]
+        assert cells == [shown.count("<th")] * 2
 
 
 def test_passes_are_shown_of_tah_checkpoints_alone() -> None:
