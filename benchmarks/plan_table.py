@@ -77,7 +77,8 @@ def papers_setting(folder: Path) -> dict[str, Any]:
     where = Path(sys.executable).with_name(command[0])
     said = json.loads(subprocess.run([where, *command[1:], *pair], check=True, stdout=subprocess.PIPE).stdout)
     kept = ("name", "memory", "tokens", "seconds", "leaves", "notes")
-    return {**said, "stages": [{key: stage[key] for key in kept} for stage in said["stages"]]}
+    total = {key: said["total"][key] for key in ("tokens", "seconds", "disk")}
+    return {"stages": [{key: stage[key] for key in kept} for stage in said["stages"]], "total": total}
 
 
 def main() -> None:
