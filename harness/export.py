@@ -344,7 +344,8 @@ def _recipe(chosen: Chosen, name: str, step: Step, places: re.Pattern[str]) -> d
 
 def _loop(chosen: Chosen, recipes: Sequence[str], places: re.Pattern[str]) -> dict[str, Any]:
     asked = dict(chosen.noted["asked"])
-    for key in ("recipes", "python", "jobs", "usd_per_hour", "report_to", "arms", "seeds", "include_path"):
+    here = ("recipes", "python", "jobs", "usd_per_hour", "limits", "retries", "report_to")  # of the machine
+    for key in (*here, "arms", "seeds", "include_path"):
         asked.pop(key, None)
     if validate := asked.pop("validate_by", None):
         asked["validate"] = validate

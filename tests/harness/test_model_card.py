@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from exported import COMMIT, INSTRUCT, OTHER, QUESTIONS, THINKING, made_up
+from exported import COMMIT, INSTRUCT, OTHER, QUESTIONS, THINKING, checkpoint, made_up
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from made_runs import finished
 
 from harness import lineage, model_card
 from harness.config import LoopConfig
+from harness.errors import LoopError
 from harness.model_card import Licence
+from harness.rundir import RunDir
 from harness.stats import interval
 
 
@@ -102,6 +105,31 @@ def test_the_text_says_what_the_record_does(out: Path) -> None:
 def test_an_iteration_that_is_not_the_last_may_have_been_chosen(out: Path) -> None:
     assert "if it was chosen by these scores" in card(out, "mine:instruct@1").text
     assert "it was not chosen by these scores" in card(out, "mine:instruct@2").text
+
+
+def test_a_dials_is_of_the_run_that_was_turned(shipped: LoopConfig, tmp_path: Path) -> None:
+    run = made_up(shipped, tmp_path)
+    steps = [step for step in run.folder.noted()["steps"] if step["iteration"] == 2]
+    rebuilt = next(step for step in steps if step["name"] == "reconstruct")
+    recipe = {**rebuilt["reads"]["recipes"]["recipe.yml"], "parameters": {"t": 0.3}}
+    reads = {**rebuilt["reads"], "recipes": {"recipe.yml": recipe}}
+    turned = {"arm": "t=0.3", "key": "reconstruct-0.3", "place": "t_0.3/iter_02/reconstruct", "reads": reads}
+    finished(run.store, "reconstruct-0.3", checkpoint("thinking"), checkpoint="thinking")
+    RunDir(tmp_path / "mine.dial").note(asked=run.folder.noted()["asked"], steps=[{**rebuilt, **turned}])
+    rows = [json.loads(line) for line in (tmp_path / "mine" / "outcomes.jsonl").open()]
+    mine = [row for row in rows if (row["iteration"], row["checkpoint"]) == (1, "thinking")]
+    lines = [json.dumps({**row, "run": "mine.dial", "arm": "t=0.3", "iteration": 2}) + "\n" for row in mine]
+    (tmp_path / "mine.dial" / "outcomes.jsonl").write_text("".join(lines))
+    said = card(tmp_path, "mine.dial/t=0.3").text
+    for words in (
+        "One t of a dial: if it was chosen by these scores",
+        "`slerp`, t = 0.3",
+        "| `aime26` | thinking, as it came | 12 | 75.0% |",
+        "ts-loop --config ts_loop/loop.yml\nts-loop dial mine --t 0.3",
+    ):
+        assert words in said, words
+    with pytest.raises(LoopError, match=r"name one of its arms, as in mine\.dial/t=0\.3"):
+        lineage.choose(tmp_path, "mine.dial")
 
 
 def test_what_was_not_evaluated_has_no_scores(out: Path) -> None:
