@@ -223,7 +223,8 @@ def side_by_side(store: Store, steps: Sequence[Mapping[str, Any]], rows: Sequenc
     last = max((row["iteration"] for row in rows if row["checkpoint"] == "instruct"), default=0)
     sides = [(who, last if iteration is None else iteration) for who, iteration in SIDES]
     keys = {(step.get("checkpoint"), step["iteration"]): step["key"] for step in steps if step.get("checkpoint")}
-    scores = {(row["checkpoint"], row["iteration"], row["task"], row["question"]): row["score"] for row in rows}
+    asked = {(row["checkpoint"], row["iteration"], row["task"], row["question"]): row for row in rows}
+    scores = {place: row["score"] for place, row in asked.items()}
     before, after = sides[0], sides[1]
     if before == after or not all(side in keys for side in sides):
         return
@@ -249,11 +250,17 @@ def side_by_side(store: Store, steps: Sequence[Mapping[str, Any]], rows: Sequenc
                 written[before][task, question][0],
                 fate,
                 [
-                    Answer(f"{who}, iteration {iteration}", *written[who, iteration][task, question][1:], score)
+                    Answer(_by_whom(row), *written[who, iteration][task, question][1:], row["score"])
                     for who, iteration in sides
-                    if (score := scores.get((who, iteration, task, question))) is not None
+                    if (row := asked.get((who, iteration, task, question)))
                 ],
             )
+
+
+def _by_whom(row: evidence.Row) -> str:
+    """Whose answer it is; of several the first one is shown, beside the score of all."""
+    several = f", the first of {row['answers']} answers" if row["answers"] > 1 else ""
+    return f"{row['checkpoint']}, iteration {row['iteration']}{several}"
 
 
 def _padded(places: list[tuple[str, str]], length: int) -> list[tuple[str, str] | None]:

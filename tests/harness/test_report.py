@@ -104,6 +104,15 @@ def test_gained_and_lost_questions_come_first_with_what_each_wrote(out: Path) ->
     assert (thinking.trace, thinking.answer) == ("let me see", "\\boxed{6}")
 
 
+def test_of_several_answers_the_first_is_shown_and_said_to_be(out: Path) -> None:
+    file = out / "mine" / "outcomes.jsonl"
+    rows = [json.loads(line) for line in file.open()]
+    file.write_text("".join(json.dumps({**row, "answers": 4, "score": row["score"] / 2}) + "\n" for row in rows))
+    before, after, _ = report.gather(out, "mine").questions[0].answers
+    assert (before.who, before.score) == ("instruct, iteration 0, the first of 4 answers", 0.0)
+    assert (after.who, after.score) == ("instruct, iteration 1, the first of 4 answers", 0.5)
+
+
 def test_answers_that_are_gone_leave_a_page_without_them(out: Path) -> None:
     for file in (out / "stages").glob("*/answers/*"):
         file.write_text("{")
