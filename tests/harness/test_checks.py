@@ -296,6 +296,17 @@ def test_prompts_that_are_no_conversations_are_refused() -> None:
         checks.check_tasks([PROMPTS, TEST], [TEST])
 
 
+def test_t_is_not_chosen_by_the_test() -> None:
+    held_out = task("held_out")
+    checks.check_tasks([PROMPTS], [TEST], [held_out])
+    with pytest.raises(LoopError, match=r"^validate: mini_math is scored, too: .* that is not in tasks:$"):
+        checks.check_tasks([PROMPTS], [TEST], [held_out, TEST])
+    with pytest.raises(LoopError, match=r"^task mini_prompts asks training prompts"):
+        checks.check_tasks([PROMPTS], [TEST], [PROMPTS])
+    with pytest.raises(LoopError, match=r"^task hellaswag is multiple_choice"):
+        checks.check_tasks([PROMPTS], [TEST], [task("hellaswag", output_type="multiple_choice")])
+
+
 def test_training_prompts_have_no_answers_to_score() -> None:
     with pytest.raises(LoopError, match=r"^task mini_prompts asks training prompts"):
         checks.check_tasks([PROMPTS], [TEST, PROMPTS])

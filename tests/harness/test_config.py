@@ -131,6 +131,24 @@ def test_t_within_its_range_or_left_out(tmp_path: Path, t: float | None) -> None
     assert load(written(tmp_path, t=0.2), {"t": t}).t == (0.2 if t is None else t)
 
 
+def test_t_may_be_found_out_if_anything_is_rebuilt(tmp_path: Path) -> None:
+    assert load(written(tmp_path), {"t": "auto"}).t == "auto"
+    assert load(written(tmp_path, t="auto"), {"t": "0.25"}).t == 0.25
+    held_out = load(written(tmp_path, t="auto", validate=["mine"]), {})
+    assert (held_out.t, held_out.validate_by) == ("auto", ["mine"])
+    assert LoopConfig.model_validate(held_out.model_dump(mode="json")).validate_by == ["mine"]  # as run.json has it
+    for asked in ({"t": "auto", "iterations": 0}, {"iterations": 0}):
+        with pytest.raises(LoopError, match=r"^--t auto: with 0 iterations nothing is rebuilt"):
+            load(written(tmp_path, t="auto"), asked)
+
+
+@pytest.mark.parametrize("t", ["automatic", "0,5", "", True, [0.5], "2", "-1", "nan"])
+def test_what_is_no_t_is_answered_with_what_is(tmp_path: Path, t: object) -> None:
+    with pytest.raises(LoopError, match=r"^--t: .*must be from 0 .* to 1 .*, or auto") as refused:
+        load(written(tmp_path), {"t": t})
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "launcher", ["python", "torchrun", "torchrun --nproc_per_node=2", "accelerate --config_file 'a b.yml'"]
 )

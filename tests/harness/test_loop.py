@@ -21,6 +21,7 @@ from small import Ran, prepared, run_here, small_loop, ts_loop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harness import asking, dial, evidence, export, lineage, loop, report
+from harness import plan as plans
 from harness.errors import LoopError, StageError
 from harness.files import below, digest
 from harness.model_card import AGAIN, Licence
@@ -62,7 +63,7 @@ def test_the_dial_turns_the_last_iteration_s_t_and_trains_nothing(
     turned = dial.prepare(out, "small", [0.0, 0.1], View(quiet=True))
     loop.go(turned, View(quiet=True), runner, told=False)
     made = {path.name.partition("-")[0] for path in (out / "stages").iterdir() if path.name not in before}
-    assert made == {"reconstruct", "evaluate"}
+    assert made == {"reconstruct", "evaluate", "angles"}
     run = out / "small"
     found = {point.t: point for point in evidence.dial(evidence.read(out / "small.dial"), evidence.read(run))}
     assert set(found) == {0.0, 0.1}
@@ -72,6 +73,40 @@ def test_the_dial_turns_the_last_iteration_s_t_and_trains_nothing(
     noted = json.loads((run / "run.json").read_text())["steps"]
     assert turned.keys[again.stage] in {step["key"] for step in noted}
     assert "the dial" in (report.write(out, ["small"])).read_text().lower()
+    # The weights that it turns between, and the pair's as it came: what was learnt lies nearer to instruct.
+    apart = report.apart_of(out, "small")
+    learnt, came = (
+        sum(one.apart for one in apart[whose]) for whose in ("anchor and distilled instruct", *list(apart)[1:])
+    )
+    assert 0 < abs(learnt - came) < 0.5 * came
+
+
+def test_t_is_chosen_among_what_is_rebuilt_and_tried(
+    copied: tuple[Path, Path], runner: LocalRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = copied
+    monkeypatch.setattr(plans, "GRID", (0.1, 1.0))
+    before = {path.name for path in (out / "stages").iterdir()}
+    ran = run_here(config, out, runner, name="auto", t="auto")
+    made = [path.name.partition("-")[0] for path in (out / "stages").iterdir() if path.name not in before]
+    # The rebuilding at 0.1 is the finished run's own; at 1 it is the instruct checkpoint, which thinks no more.
+    assert sorted(made) == ["answer", "answer", "answer", "choose", "evaluate", "reconstruct"]
+    (choice,) = ran.results["chosen"]
+    assert choice["candidates"][-1]["passes"] is False
+    assert choice["t"] in (0.0, 0.1)
+    assert f"iteration 1: {choice['why']}" in ran.said
+    rows = [row for row in ran.results["rows"] if (row["checkpoint"], row["iteration"]) == ("thinking", 1)]
+    assert [row["t"] for row in rows] == [choice["t"]]
+    assert {row["t"] for row in rows_of(out / "small") if "t" in row} == {0.1}
+    taken = ran.folder / "iter_01/choose/thinking/model.safetensors"
+    source = ran.folder / "iter_01/reconstruct_t0.1/thinking" if choice["t"] else ran.run.pair["thinking"]
+    weights = next(source.glob("*.safetensors"))
+    assert digest(next(taken.parent.glob("*.safetensors"))) == digest(weights)
+    assert "How t was chosen" in (ran.folder / "report.html").read_text()
+    # A dial of it turns the same weights.
+    turned = dial.prepare(out, "auto", [0.1], View(quiet=True))
+    rebuilt = [step for step in turned.steps if step.name == "reconstruct"]
+    assert [turned.keys[step.stage] for step in rebuilt] == [ran.keys["1/reconstruct_t0.1"]]
 
 
 @pytest.mark.parametrize(("name", "adapter_only"), [("instruct", False), ("thinking", False), ("instruct", True)])

@@ -185,6 +185,15 @@ def test_only_the_last_iteration_of_each_run_keeps_its_checkpoint(
     assert not any(store.lacks(key) for key in ("distill-01", "distill-03"))
 
 
+def test_of_what_t_was_chosen_from_the_chosen_checkpoint_alone_is_kept(out: Path, store: Store) -> None:
+    rebuilt = {f"reconstruct_t{t}": f"reconstruct-{t}" for t in ("0.1", "0.2")}
+    for key in (*rebuilt.values(), "choose-1"):
+        finished(store, key, {"thinking/model.safetensors": WEIGHTS}, checkpoint="thinking")
+    noted(out, "auto", *(step(1, *named) for named in rebuilt.items()), step(1, "choose", "choose-1"))
+    assert [what for what, _ in collect(out, "last")] == [f"{key}/thinking" for key in rebuilt.values()]
+    assert not store.lacks("choose-1")
+
+
 def test_adapters_alone_are_enough_to_make_the_rest_again(out: Path, store: Store, full: dict[str, Path]) -> None:
     gone = [what for what, size in collect(out, "adapters") if size == len(WEIGHTS)]
     assert gone == ["distill-01/instruct", "distill-02/instruct", "distill-03/instruct"]

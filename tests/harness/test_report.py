@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,38 @@ def test_a_dial_that_has_nothing_yet_or_is_of_an_earlier_iteration_is_not_shown(
     write_json(turned / "run.json", {"steps": []})
     rebuilt(turned, "distill-1/instruct")
     assert [point.t for point in report.gather(out, "mine").dial] == [0.5]
+
+
+def test_a_run_that_chose_t_shows_what_it_chose_from_and_a_dial_how_far_weights_are_apart(out: Path) -> None:
+    tried = [{"t": 0.0, "closed": 1.0, "agreement": 0.8, "passes": True}]
+    tried += [{"t": 0.1, "closed": 0.5, "agreement": 0.25, "passes": False}]
+    about = {"iteration": 1, "arm": "answers", "seed": 42}
+    choice = {**about, "t": 0.0, "why": "t = 0, the anchor itself; <others> fall short", "candidates": tried}
+    results = json.loads((out / "mine" / "results.json").read_text())
+    write_json(out / "mine" / "results.json", {**results, "chosen": [choice, {**choice, "seed": 43}]})
+    noted = json.loads((out / "mine" / "run.json").read_text())
+    reads = {"inputs": {"instruct": "distill-1/instruct"}}
+    rebuilt = {"iteration": 1, "checkpoint": "", "name": "reconstruct_t0.1", "key": "reconstruct-1", "reads": reads}
+    write_json(out / "mine" / "run.json", {**noted, "steps": [*noted["steps"], rebuilt]})
+    apart = {"tensors": [["model.layers.0.mlp.w", 1.0, 1.0, 1.0], ["model.layers.1.mlp.w", 1.0, 1.0, 0.0]]}
+    finished(Store(out / "stages"), "angles-1", {"angles.json": b""}, facts=apart)
+    turned = out / "mine.dial"
+    turned.mkdir()
+    steps = [{**rebuilt, "name": "reconstruct"}, {"iteration": 1, "name": "angles", "key": "angles-1", "reads": {}}]
+    write_json(turned / "run.json", {"steps": steps})
+    rows = [json.loads(line) for line in (out / "mine" / "outcomes.jsonl").open()]
+    lines = [json.dumps({**row, "arm": "t=0.5"}) + "\n" for row in rows if row["checkpoint"] == "thinking"]
+    (turned / "outcomes.jsonl").write_text("".join(lines))
+    found = report.gather(out, "mine")
+    assert found.chosen == [choice]
+    ((whose, (one, other)),) = found.apart.items()
+    assert (one.angle, other.angle) == (pytest.approx(math.pi / 3), 0.0)
+    text = report.write(out, ["mine"]).read_text()
+    assert "Iteration 1: t = 0, the anchor itself; &lt;others&gt; fall short." in text
+    assert re.search(r"<td>0</td>\s*<td>100.0%</td>\s*<td>80.0%</td>\s*<td></td>\s*<td>chosen</td>", text)
+    assert re.search(r"<td>0.1</td>\s*<td>50.0%</td>\s*<td>25.0%</td>\s*<td></td>\s*<td>falls short</td>", text)
+    assert f"angles: {whose}" in text
+    assert re.search(r"<td class=text>all</td>\s*<td>2</td>\s*<td>0.00</td>\s*<td>30.00</td>\s*<td>60.00</td>", text)
 
 
 def test_what_is_no_run_or_has_nothing_to_show_is_one_line(out: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_runs import inputs_for
+from made_runs import inputs_for, task
 from qwen3 import QWEN3_4B
 
 from harness.card import of_size
@@ -25,7 +25,7 @@ from harness.costs.forecast import (
 )
 from harness.costs.traces import dtype_of
 from harness.errors import LoopError
-from harness.plan import plan
+from harness.plan import plan, untried
 from harness.stages import External
 
 
@@ -96,7 +96,7 @@ def grouped(shipped: LoopConfig, *arms: str, seeds: tuple[int, ...] = ()) -> dic
     """The iterations of each group of steps, by its step and the arms that it is of."""
     config = shipped.model_copy(update={"arms": list(arms), "seeds": list(seeds)})
     groups = alike(plan(config, inputs_for(config, gold=External("/came/gold.jsonl", "right")), 2))
-    named = {(like[0].name, " ".join(dict.fromkeys(step.arm for step in like))): like for like in groups}
+    named = {(untried(like[0].name), " ".join(dict.fromkeys(step.arm for step in like))): like for like in groups}
     assert len(named) == len(groups)
     return {name: [step.iteration for step in like] for name, like in named.items()}
 
@@ -129,6 +129,15 @@ def test_arms_that_share_a_stage_pay_for_it_once_and_what_they_do_otherwise_has_
         assert found["distill", arm] == [1, 2]
 
 
+def test_what_is_tried_at_several_t_is_one_line_and_the_choice_none(shipped: LoopConfig):
+    found = grouped(shipped.model_copy(update={"t": "auto"}))
+    assert found["reconstruct", "thinkswitch"] == [1] * 9 + [2] * 9
+    assert found["answer", "thinkswitch"] == [1] * 10 + [2] * 9  # the anchor's second answers are the first iteration's
+    assert {name for name, _ in found} == {
+        *("evaluate_instruct", "evaluate_thinking", "generate", "distill", "reconstruct", "answer")
+    }
+
+
 def test_seeds_are_done_once_each_on_one_line(shipped: LoopConfig):
     assert grouped(shipped, seeds=(1, 2, 3))["distill", "thinkswitch"] == [1, 2] * 3
 
@@ -140,6 +149,13 @@ def test_a_mend_names_the_recipe_that_it_changes(shipped: LoopConfig):
     steps = plan(config, inputs, 1)
     assert {recipe_name(step, inputs.recipes) for step in steps} == set(inputs.recipes)
     assert {recipe_name(step, two) for step in steps if step.name == "evaluate_thinking"} == {"evaluate_thinking"}
+    auto = shipped.model_copy(update={"t": "auto"})
+    names = {step.name: recipe_name(step, two) for step in plan(auto, inputs, 1)}
+    assert (names["answer_t0.3"], names["reconstruct_t0.3"]) == ("generate", "reconstruct")
+    names = {
+        step.name: recipe_name(step, two) for step in plan(auto, inputs._replace(validate_tasks=[task("mine")]), 1)
+    }
+    assert names["validate_t0.3"] == "evaluate_thinking"
 
 
 @pytest.mark.parametrize("noted", [{}, {"asked": None}, {"asked": {"instruct": "somewhere"}}])
