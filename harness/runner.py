@@ -26,6 +26,7 @@ import psutil
 from harness.errors import StageError
 from harness.files import disk_errors
 from harness.keeper import MIB, PATIENCE_S, tree
+from thinkswitch_plugin.cli import visible
 
 QUIET = {
     "AXOLOTL_DO_NOT_TRACK": "1",  # no usage report leaves the machine unless the user sets this to 0
@@ -410,5 +411,5 @@ def obituary(title: str, code: int | None, log: Path, start: int) -> str:
     elif code < 0:
         reason = killed_by(-code)
     else:
-        reason = " ".join(last_words(log, start)) or f"exit code {code}"
+        reason = visible(" ".join(last_words(log, start))) or f"exit code {code}"
     return f"{title} failed: {reason}\nthe whole log: {log}"

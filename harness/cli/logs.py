@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from harness.cli.status import OUT
+from thinkswitch_plugin.cli import visible
 
 
 @click.command("logs")
@@ -26,10 +27,11 @@ def command(name: str | None, stage: str | None, follow: bool, lines: int, out: 
     log = log_of(out, name, stage)
     click.echo(f"==> {log}", err=True)
     with log.open(encoding="utf-8", errors="replace") as file:
-        click.echo("".join(file.read().replace("\r", "\n").splitlines(keepends=True)[-lines:]), nl=False)
+        said = file.read().replace("\r", "\n").splitlines(keepends=True)[-lines:]
+        click.echo(visible("".join(said), coloured=True), nl=False)
         while follow:
-            if said := file.read():
-                click.echo(said.replace("\r", "\n"), nl=False)
+            if more := file.read():
+                click.echo(visible(more.replace("\r", "\n"), coloured=True), nl=False)
                 continue
             if not stage and log_of(out, name, None) != log:
                 context = click.get_current_context()

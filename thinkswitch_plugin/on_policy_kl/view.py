@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 from torch import Tensor
 
+from thinkswitch_plugin.cli import visible
 from thinkswitch_plugin.on_policy_kl.rollouts import Sequences
 
 # Nats of reverse KL up to which a colour holds: a tenth of a nat is a slight preference, a nat a different mind.
@@ -49,10 +50,12 @@ def show(tokenizer: Any, scored: Sequence[tuple[Sequences, Tensor]], step: int, 
         prompt = tokenizer.decode([i for i, there, mine in zip(ids, real, answer, strict=True) if there and not mine])
         written = [i for i, mine in zip(ids, answer, strict=True) if mine]
         theirs = [next(values) for _ in written]
-        body = coloured([tokenizer.decode([i]) for i in written], theirs)
+        body = coloured([visible(tokenizer.decode([i])) for i in written], theirs)
         mean = sum(theirs) / max(1, len(theirs))
         panels.append(
-            Panel(Text(prompt, "dim") + body, title=f"step {step}: {mean:.3f} nats a token", title_align="left")
+            Panel(
+                Text(visible(prompt), "dim") + body, title=f"step {step}: {mean:.3f} nats a token", title_align="left"
+            )
         )
     scale = Text("KL(student ‖ teacher) of a token: ", "dim")
     for limit, style in COLOURS:

@@ -19,15 +19,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from thinkswitch_plugin.cli import visible
 from thinkswitch_plugin.tah.model import TaHForCausalLM
 
 BANDS = (0.1, 0.5, 0.9, 1.0)  # up to which probability of another pass a colour holds
 # The last colour is for a token that iterated with no decider to say how likely.
 ON_TERMINAL = ("default", "yellow", "dark_orange", "bold red", "cyan")
 ON_PAGE = ("inherit", "#fef3c7", "#fdba74", "#fca5a5", "#a5f3fc")
-# A terminal obeys control characters, and a page may not hold them.
-VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 class ThinkMap(NamedTuple):
@@ -164,8 +162,8 @@ def _pieces(shown: ThinkMap) -> list[_Piece]:
     return result
 
 
-def _visible(text: str, depth: int) -> str:
-    text = text.translate(VISIBLE)
+def _marked(text: str, depth: int) -> str:
+    text = visible(text)
     return text.replace("\n", "⏎\n") if depth > 1 else text  # else a line's end could not be seen to iterate
 
 
@@ -188,12 +186,12 @@ def text_of(shown: ThinkMap, styled: bool) -> Text:
     """The answer, then what its looks mean, for a terminal; brackets do what they can where text cannot be `styled`."""
     result = Text()
     for text, depth, probability, _ in _pieces(shown):
-        visible = _visible(text, depth)
+        said = _marked(text, depth)
         if styled:
             line = {1: "", 2: " underline"}.get(depth, " underline2")
-            result.append(visible, ON_TERMINAL[_colour(depth, probability)] + line)
+            result.append(said, ON_TERMINAL[_colour(depth, probability)] + line)
         else:
-            result.append(f"{'‹' * (depth - 1)}{visible}{'›' * (depth - 1)}")
+            result.append(f"{'‹' * (depth - 1)}{said}{'›' * (depth - 1)}")
     result.append("\n\n")
     if not styled:
         return result.append("‹bracketed›: took another pass (‹‹twice››: two)")
@@ -231,13 +229,13 @@ def page(shown: ThinkMap, prompt: str, title: str) -> str:
         hint = f"depth {depth}" + ("" if math.isnan(probability) else f", probability {probability:.3f}")
         hint += "" if tokens == 1 else f", {tokens} tokens"
         tag, more = ("span" if depth == 1 else "b"), (' class="more"' if depth > 2 else "")
-        style, visible = ON_PAGE[_colour(depth, probability)], html.escape(_visible(text, depth))
-        body.append(f'<{tag}{more} style="background:{style}" title="{hint}">{visible}</{tag}>')
+        style, said = ON_PAGE[_colour(depth, probability)], html.escape(_marked(text, depth))
+        body.append(f'<{tag}{more} style="background:{style}" title="{hint}">{said}</{tag}>')
     colours = zip(BANDS, ON_PAGE, strict=False)
     scale = " ".join(f'<span style="background:{colour}">&nbsp;≤ {limit}&nbsp;</span>' for limit, colour in colours)
     legend = "<b>Underlined</b>: the token took another pass (twice: two or more)."
     legend += f" Colour: the decider's probability of needing one: {scale}." if _judged(shown) else ""
-    name, asked = html.escape(title), html.escape(prompt.translate(VISIBLE))
+    name, asked = html.escape(title), html.escape(visible(prompt))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name} – think map</title><style>{STYLE}</style>'
         f"<h1>{name}</h1><h2>Prompt</h2><pre>\n{asked}</pre><h2>Answer</h2><pre>\n{''.join(body)}</pre>"
