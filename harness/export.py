@@ -135,6 +135,11 @@ def adapters(chosen: Chosen) -> list[Path]:
     found = [chosen.folder(step) / ADAPTER for step in chosen.of_kind("distill")]
     if not all((folder / "adapter_model.safetensors").is_file() for folder in found):
         raise LoopError(f"{chosen.who}: was trained without an adapter; leave --adapter-only out")
+    if len(found) > 1 and any(model_card.quantised(step) for step in chosen.of_kind("distill")):
+        raise LoopError(
+            f"{chosen.who}: its adapter is upon the checkpoint of iteration {chosen.who.iteration - 1}, whose weights "
+            "were rounded to NF4 when that one's was merged: they are not one; export it whole, or instruct@1's adapter"
+        )
     return found
 
 

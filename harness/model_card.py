@@ -101,6 +101,7 @@ def gather(chosen: Chosen, name: str, adapter_only: bool) -> dict[str, Any]:
         "iterations": max(step["iteration"] for step in chosen.steps),
         "adapter_only": adapter_only,
         "adapters": len(distilled),
+        "quantised": bool(distilled) and quantised(distilled[-1]),
         "missing": chosen.missing,
         "parents": [instruct, thinking],
         "rows": mine,
@@ -305,6 +306,12 @@ def stripping(distilled: Sequence[Step]) -> dict[str, Any]:
         return {}
     block = TraceStrippingConfig.model_validate(recipe.get("trace_stripping") or {})
     return {"strip": block.strip, "tags": ["…".join(pair) for pair in block.tags], "most": block.max_dropped_fraction}
+
+
+def quantised(step: Step) -> bool:
+    """Whether a training had its base in NF4; Axolotl rounds the weights so, too, when it merges the adapter."""
+    recipe = step["reads"]["recipes"][RECIPE]
+    return bool(recipe.get("load_in_4bit")) or recipe.get("adapter") == "qlora"
 
 
 def settings(step: Step, keys: Sequence[str]) -> dict[str, Any]:

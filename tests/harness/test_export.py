@@ -116,7 +116,11 @@ def test_what_is_not_there_or_not_what_it_was_is_refused(shipped: LoopConfig, tm
         LoopError, match="gc took its weights away; run mine's command again with --from iter_02/distill"
     ):
         written(tmp_path, "mine:instruct@2", to)
-    assert "adapter_model.safetensors" in names(written(tmp_path, "mine:instruct@2", to, adapter_only=True))
+    with pytest.raises(
+        LoopError, match="its adapter is upon the checkpoint of iteration 1, whose weights were rounded"
+    ):
+        written(tmp_path, "mine:instruct@2", to, adapter_only=True)
+    assert "adapter_model.safetensors" in names(written(tmp_path, "mine:instruct@1", to, adapter_only=True))
     with pytest.raises(LoopError, match="is there already, and not empty"):
         written(tmp_path, "mine:instruct@1", to)
 

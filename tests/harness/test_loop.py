@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -109,22 +111,17 @@ def test_t_is_chosen_among_what_is_rebuilt_and_tried(
     assert [turned.keys[step.stage] for step in rebuilt] == [ran.keys["1/reconstruct_t0.1"]]
 
 
-@pytest.mark.parametrize(("name", "adapter_only"), [("instruct", False), ("thinking", False), ("instruct", True)])
+@pytest.mark.parametrize("name", ["instruct", "thinking"])
 def test_what_is_exported_loads_as_any_model_and_lm_eval_scores_it_the_same(
-    name: str,
-    adapter_only: bool,
-    finished: tuple[Path, Path, str],
-    recipes: Path,
-    tool: Callable[..., str],
-    tmp_path: Path,
+    name: str, finished: tuple[Path, Path, str], recipes: Path, tool: Callable[..., str], tmp_path: Path
 ) -> None:
     run = finished[0]
     to = tmp_path / "there"
-    export.write(lineage.choose(run.parent, f"small:{name}@1"), to, Licence("apache-2.0"), "me/mine", adapter_only)
+    export.write(lineage.choose(run.parent, f"small:{name}@1"), to, Licence("apache-2.0"), "me/mine")
     stage = run / "iter_01" / f"evaluate_{name}"
     recipe = yaml.safe_load((stage / "recipe.yml").read_text())
-    model = {"pretrained": str(recipes / "mini/instruct"), "peft": str(to)} if adapter_only else {"pretrained": str(to)}
-    recipe |= {"model_args": {**recipe["model_args"], **model}, "output_path": str(tmp_path / "answers/results.json")}
+    model = {**recipe["model_args"], "pretrained": str(to)}
+    recipe |= {"model_args": model, "output_path": str(tmp_path / "answers/results.json")}
     (tmp_path / "evaluate.yml").write_text(yaml.safe_dump(recipe))
     tool("lm_eval", "run", "--config", tmp_path / "evaluate.yml")
     ours, theirs = (
@@ -136,6 +133,32 @@ def test_what_is_exported_loads_as_any_model_and_lm_eval_scores_it_the_same(
     for file in below(to):
         for place in (run.parent, finished[1].parent, tmp_path, recipes, Path.home(), "/tmp/"):
             assert str(place).encode() not in file.read_bytes(), file
+
+
+def test_an_exported_adapter_is_what_the_checkpoint_learnt(
+    finished: tuple[Path, Path, str], recipes: Path, tmp_path: Path
+) -> None:
+    """Axolotl merges W to Q(W) + α/r BA, with Q what NF4 makes of a matrix (QLoRA, arXiv 2305.14314)."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from safetensors.torch import load_file
+
+    to = tmp_path / "there"
+    export.write(lineage.choose(finished[0].parent, "small"), to, Licence("mit"), "me/mine", adapter_only=True)
+    config = json.loads((to / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "instruct"
+    learnt = load_file(to / "adapter_model.safetensors")
+    came = load_file(recipes / "mini/instruct/model.safetensors")
+    merged = load_file(finished[0] / "iter_01/distill/instruct/model.safetensors")
+    places = sorted(name.removesuffix(".lora_A.weight") for name in learnt if name.endswith(".lora_A.weight"))
+    assert len(places) == 7 * 4
+    for place in places:
+        name = place.removeprefix("base_model.model.") + ".weight"
+        rounded = dequantize_4bit(*quantize_4bit(came[name].flatten(), compress_statistics=True, quant_type="nf4"))
+        a, b = learnt[f"{place}.lora_A.weight"], learnt[f"{place}.lora_B.weight"]
+        added = config["lora_alpha"] / config["r"] * b @ a
+        torch.testing.assert_close(rounded.view_as(came[name]) + added, merged[name], rtol=0, atol=1e-5)
+        assert added.abs().max() > 1e-4
 
 
 def test_what_is_exported_is_made_again_by_its_own_recipes(
@@ -356,6 +379,46 @@ def test_overwritten_weights_are_noticed(copied: tuple[Path, Path], runner: Loca
     shorter = run_here(config, out, runner)
     assert "6 of 7 stages are done" in shorter.said
     assert weights.read_bytes() == kept
+
+
+def test_every_flipped_bit_is_found_by_verify_and_by_who_would_read_it(copied: tuple[Path, Path]) -> None:
+    """One in each file that a run keeps, and 200 at random places: the stage that reads it refuses, and names it."""
+    out, config = copied
+    run, chance = prepared(config, out), random.Random(0)
+    stages = {run.keys[step.stage]: step.stage for step in run.steps}
+    files = [file for key in stages for file in below(run.store.folder(key)) if file.stat().st_size]
+    assert {file.name for file in files} >= {"stage.json", "recipe.yml", "log.txt", "model.safetensors"}
+    for file in [*files, *chance.choices(files, k=200)]:
+        whole, before = file.read_bytes(), file.stat()
+        harmed = bytearray(whole)
+        harmed[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        key = file.relative_to(run.store.root).parts[0]
+        name = str(file.relative_to(run.store.folder(key)))
+        file.write_bytes(harmed)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a disk that forgets would
+        assert run.store.damaged(key) == [name]
+        for stage in stages.values():
+            read = [s.path for s in stage.inputs.values() if isinstance(s, Output) and run.keys[s.stage] == key]
+            if any(name == "stage.json" or name.startswith(f"{path}/") for path in read):
+                with pytest.raises(StageError, match=rf"{key}: {re.escape(name)} changed since it was made"):
+                    loop.sound(run, stage)
+        file.write_bytes(whole)
+
+
+def test_scores_are_not_read_from_what_was_written_to(copied: tuple[Path, Path], runner: LocalRunner) -> None:
+    out, config = copied
+    samples = next(out.glob("stages/evaluate-*/answers/samples_*.jsonl"))
+    text = samples.read_text()
+    samples.write_text(text.replace('"exact_match": 0.0', '"exact_match": 1.0', 1))
+    assert samples.stat().st_size == len(text.encode())
+    before = rows_of(out / "small")
+    with pytest.raises(
+        StageError, match=r"evaluate-\w+: answers/samples_.*jsonl changed since it was made\nrun its com"
+    ):
+        run_here(config, out, runner)
+    again = run_here(config, out, runner, wishes=loop.Wishes(verify=True))
+    assert "samples_" in again.said
+    assert again.results["rows"] == before
 
 
 def test_an_input_that_is_written_to_is_another_one(recipes: Path, tmp_path: Path) -> None:

@@ -138,6 +138,13 @@ def test_what_was_not_evaluated_has_no_scores(out: Path) -> None:
     assert "model-index" not in found.data.to_dict()
 
 
+def test_an_adapter_trained_in_nf4_says_what_it_goes_upon(out: Path) -> None:
+    said = card(out, "mine:instruct@1", adapter_only=True).text
+    assert "quantization_config=nf4)  # fetches owner/instruct-4b" in said
+    assert "The merged checkpoint's scores, all of whose matrices were rounded to NF4" in said
+    assert "nf4" not in card(out, "mine:instruct@1").text
+
+
 def test_a_local_parent_is_no_model_of_the_hubs(shipped: LoopConfig, tmp_path: Path) -> None:
     made_up(shipped, tmp_path, instruct="/home/me/my_instruct")
     found = card(tmp_path, "mine:instruct@2")
