@@ -24,7 +24,7 @@ from thinkswitch_plugin.trace_stripping import split_trace
 
 LOGGED = re.compile(rb"\{'loss': [^{}]*\}")  # as the trainers print it
 CURVES = {"loss": "loss", "opd/kl": "KL to the teacher, nats a token"}
-WEIGHTS = {"angles": "anchor and distilled instruct", "angles_came": "the pair as it came"}  # by a dial's steps
+WEIGHTS = {"angles": "what is merged", "angles_came": "the pair at first"}  # by a dial's steps
 SHOWN = 10  # questions side by side
 SIDES = (("instruct", 0), ("instruct", None), ("thinking", 0))  # None: the last iteration
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from harness.charts import by_iteration, curve, frontier
+from harness.charts import angles, by_iteration, curve, frontier
 
 
 def at(picture: str, label: str) -> tuple[float, float]:
@@ -47,6 +47,14 @@ def test_more_tokens_are_to_the_right() -> None:
     ]
     assert len(places) == 4
     assert max(x for x, _ in places[:2]) < min(x for x, _ in places[2:])
+
+
+def test_wider_angles_are_higher_and_later_layers_to_the_right() -> None:
+    rows = [("attention", 0, 5.0), ("attention", 1, 10.0), ("mlp", 0, 20.0)]
+    drawn = angles("angles", [{"part": part, "layer": layer, "angle": angle} for part, layer, angle in rows])
+    near, wide, other = (at(drawn, f"layer: {layer}; °: {angle:g}; part: {part}") for part, layer, angle in rows)
+    assert near[0] == other[0] < wide[0]
+    assert other[1] < wide[1] < near[1]
 
 
 def test_a_picture_takes_the_page_s_colour_and_brings_no_code() -> None:

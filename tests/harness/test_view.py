@@ -19,7 +19,18 @@ from harness.loop import Run
 from harness.plan import Step
 from harness.stages import Stage, reconstruct
 from harness.stats import interval
-from harness.view import SLOW_BYTES, View, by_kind, change, clock, kind_table, pass_cells, table
+from harness.view import (
+    SLOW_BYTES,
+    View,
+    by_kind,
+    change,
+    choice_cells,
+    choices,
+    clock,
+    kind_table,
+    pass_cells,
+    table,
+)
 
 ROWS = [
     row(0, "instruct", "mini_math", 70),
@@ -463,6 +474,29 @@ def test_the_live_view_is_gone_when_it_is_closed(watched_run: tuple[View, Run]) 
     view.close()
     view.end(run, {"rows": ROWS, "verdict": ["instruct is better"], "wall_s": 65.0, "cost_usd": None})
     assert "60.5%" in text_of(view)
+
+
+def test_which_t_was_chosen_is_said_with_its_reason_at_the_end(run: Run) -> None:
+    view = plain()
+    about = {"arm": "thinkswitch", "seed": 42, "iteration": 1}
+    chosen = [{**about, "why": "t = 0.1, and why"}, {**about, "seed": 43, "why": "t = 0, for once"}]
+    view.end(run, {"rows": ROWS, "verdict": [], "wall_s": 1.0, "cost_usd": None, "chosen": chosen})
+    said = text_of(view)
+    assert "iteration 1 (thinkswitch, seed 42): t = 0.1, and why" in said
+    assert "iteration 1 (thinkswitch, seed 43): t = 0, for once" in said
+    assert choices(chosen[:1]) == ["iteration 1: t = 0.1, and why"]
+
+
+def test_what_was_tried_is_a_row_a_t() -> None:
+    tried = [{"t": 0.0, "closed": 1.0, "agreement": 0.8, "passes": True}]
+    tried += [{"t": 0.1, "closed": 0.5, "agreement": 0.2, "passes": False}]
+    assert choice_cells([{"iteration": 2, "t": 0.0, "candidates": tried}]) == [
+        ["2", "0", "100.0%", "80.0%", "", "chosen"],
+        ["2", "0.1", "50.0%", "20.0%", "", "falls short"],
+    ]
+    scored = [{"t": t, "accuracy": {"a": 0.5, "b": 0.25}, "passes": t == 0.5} for t in (0.0, 0.5)]
+    cells = choice_cells([{"iteration": 1, "t": 0.5, "candidates": scored}])
+    assert cells[1] == ["1", "0.5", "", "", "a 50.0%, b 25.0%", "chosen"]
 
 
 def test_nothing_left_to_do_needs_no_live_view(run: Run) -> None:
