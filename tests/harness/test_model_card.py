@@ -142,7 +142,9 @@ def test_an_adapter_trained_in_nf4_says_what_it_goes_upon(out: Path) -> None:
     said = card(out, "mine:instruct@1", adapter_only=True).text
     assert "quantization_config=nf4)  # fetches owner/instruct-4b" in said
     assert "The merged checkpoint's scores, all of whose matrices were rounded to NF4" in said
-    assert "nf4" not in card(out, "mine:instruct@1").text
+    whole = card(out, "mine:instruct@1").text
+    assert "quantization_config" not in whole
+    assert "which rounds every matrix to NF4 first" in whole
 
 
 def test_a_local_parent_is_no_model_of_the_hubs(shipped: LoopConfig, tmp_path: Path) -> None:
