@@ -28,6 +28,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from harness.config import SECRET, LoopConfig
 from harness.errors import LoopError
 from harness.files import read_json, write_json
@@ -133,7 +135,10 @@ class Trackers:
 
     def write(self, every: Mapping[str, Points], at_end: bool) -> None:
         """Tell trackers what they do not have yet; that one cannot be told is said once, and ends nothing."""
-        file = self.folder / "trackers.json"
+        with FileLock(self.folder / ".trackers.lock"):  # two commands may be at one run
+            self._write(self.folder / "trackers.json", every, at_end)
+
+    def _write(self, file: Path, every: Mapping[str, Points], at_end: bool) -> None:
         try:
             kept = read_json(file)
         except LoopError:
@@ -143,6 +148,8 @@ class Trackers:
             if name != "tensorboard" and not at_end:
                 continue
             mine = had.get(name, {})
+            if name == "tensorboard":  # somebody may have taken its files away
+                mine = {line: noted for line, noted in mine.items() if (self.folder / name / line).is_dir()}
             now = {line: _added(mine.get(line), points, name == "tensorboard") for line, points in every.items()}
             news = {line: found for line, found in now.items() if found[1]}
             if not news:
@@ -200,7 +207,7 @@ class Trackers:
 
 
 def _added(noted: Mapping[str, Any] | None, points: Points, whole: bool) -> tuple[str, Points, bool]:
-    """A tracker's name for a run, the points that it has not, and whether it begins anew as others changed.
+    """A tracker's name for a run, the points that it has not, and whether it begins anew, as others changed or it has none.
 
     How long a run took may change without anything else; only where `whole`, that begins it anew too.
     """
@@ -215,7 +222,7 @@ def _added(noted: Mapping[str, Any] | None, points: Points, whole: bool) -> tupl
         for name, by in points.items()
     }
     run = noted["run"] if noted and same else uuid.uuid4().hex[:8]
-    return run, {name: by for name, by in new.items() if by}, not same
+    return run, {name: by for name, by in new.items() if by}, noted is None or not same
 
 
 def _both(noted: Mapping[str, Any], points: Points) -> dict[str, dict[str, float]]:
@@ -237,12 +244,10 @@ def tensorboard(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
     for line in lines:
         where = folder / line["line"]
-        old = list(where.glob("events.out.tfevents.*"))
-        if line["anew"]:
-            for file in old:
-                file.unlink()
+        for file in where.glob("events.out.tfevents.*") if line["anew"] else []:
+            file.unlink()
         writer = EventFileWriter(str(where))
-        if line["anew"] or not old:
+        if line["anew"]:
             writer.add_event(Event(wall_time=time.time(), summary=hparams_pb(line["settings"], line["line"])))
         for name, by_step in line["new"].items():
             for step, value in by_step.items():

@@ -136,7 +136,7 @@ def test_what_is_exported_loads_as_any_model_and_lm_eval_scores_it_the_same(
 def test_an_exported_adapter_is_what_the_checkpoint_learnt(
     finished: tuple[Path, Path, str], recipes: Path, tmp_path: Path
 ) -> None:
-    """Axolotl merges W to Q(W) + α/r BA, with Q what NF4 makes of a matrix (QLoRA, arXiv 2305.14314)."""
+    """Axolotl merges W to Q(W) + α/r BA, Q what NF4, its scales in float32, makes of a matrix (arXiv 2305.14314)."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from safetensors.torch import load_file
@@ -152,10 +152,10 @@ def test_an_exported_adapter_is_what_the_checkpoint_learnt(
     assert len(places) == 7 * 4
     for place in places:
         name = place.removeprefix("base_model.model.") + ".weight"
-        rounded = dequantize_4bit(*quantize_4bit(came[name].flatten(), compress_statistics=True, quant_type="nf4"))
+        rounded = dequantize_4bit(*quantize_4bit(came[name].flatten(), quant_type="nf4"))
         a, b = learnt[f"{place}.lora_A.weight"], learnt[f"{place}.lora_B.weight"]
         added = config["lora_alpha"] / config["r"] * b @ a
-        torch.testing.assert_close(rounded.view_as(came[name]) + added, merged[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(rounded.view_as(came[name]) + added, merged[name], rtol=0, atol=1e-6)
         assert added.abs().max() > 1e-4
 
 
@@ -406,9 +406,11 @@ def test_every_flipped_bit_is_found_by_verify_and_by_who_would_read_it(copied: t
 def test_scores_are_not_read_from_what_was_written_to(copied: tuple[Path, Path], runner: LocalRunner) -> None:
     out, config = copied
     samples = next(out.glob("stages/evaluate-*/answers/samples_*.jsonl"))
-    text = samples.read_text()
-    samples.write_text(text.replace('"exact_match": 0.0', '"exact_match": 1.0', 1))
-    assert samples.stat().st_size == len(text.encode())
+    lines = samples.read_text().splitlines(keepends=True)
+    metric = json.loads(lines[0])["metrics"][0]
+    other = re.sub(rf'("{metric}": )([01])', lambda found: found[1] + "10"[int(found[2])], lines[0])
+    assert other != lines[0]
+    samples.write_text("".join([other, *lines[1:]]))
     before = rows_of(out / "small")
     with pytest.raises(
         StageError, match=r"evaluate-\w+: answers/samples_.*jsonl changed since it was made\nrun its com"

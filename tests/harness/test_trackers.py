@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -100,6 +101,12 @@ def test_a_run_whose_figures_changed_begins_anew(make: Any, tmp_path: Path) -> N
     folder = tmp_path / "tensorboard" / LINE
     assert scalars(folder, ACCURACY) == [(0, 0.3), (1, 0.9), (2, 0.6)]
     assert scalars(folder, "run/wall_s") == [(2, 70.0)]
+    (tmp_path / "trackers.json").write_text("{")  # a crash left half a note
+    make("tensorboard")[0].write(trackers.figures(changed, 70.0, None), at_end=True)
+    assert scalars(folder, ACCURACY) == [(0, 0.3), (1, 0.9), (2, 0.6)]
+    shutil.rmtree(tmp_path / "tensorboard")
+    make("tensorboard")[0].write(trackers.figures(changed, 70.0, None), at_end=True)
+    assert scalars(folder, ACCURACY) == [(0, 0.3), (1, 0.9), (2, 0.6)]
 
 
 def test_a_tracker_that_cannot_be_told_is_said_once_and_ends_nothing(make: Any, tmp_path: Path) -> None:
