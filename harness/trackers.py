@@ -207,7 +207,7 @@ class Trackers:
 
 
 def _added(noted: Mapping[str, Any] | None, points: Points, whole: bool) -> tuple[str, Points, bool]:
-    """A tracker's name for a run, the points that it has not, and whether it begins anew, as others changed or it has none.
+    """A tracker's name for a run, the points it has not, and whether it begins anew: others changed, or it has none.
 
     How long a run took may change without anything else; only where `whole`, that begins it anew too.
     """
