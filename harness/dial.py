@@ -15,7 +15,7 @@ from typing import Any
 from harness import asking
 from harness.config import LoopConfig
 from harness.errors import LoopError
-from harness.loop import Run, check_pair, identified, versions
+from harness.loop import Run, check_pair, identified, undamaged, versions
 from harness.plan import Step, untried
 from harness.rundir import RunDir, place_of
 from harness.stages import RECIPE, External, Keys, Output, Source, Stage, angles, evaluate, reconstruct
@@ -88,6 +88,7 @@ def prepare(out: Path, name: str, ts: Sequence[float], view: View) -> Run:
                     raise LoopError(
                         f"{name}: {key} has no {inside} any more (gc): run its command with {again}, then dial"
                     )
+                undamaged(store, key, inside)
                 found[what] = External(str(path), identity)
             elif what in here:
                 if here[what].identity != identity:

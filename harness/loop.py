@@ -341,6 +341,7 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
     key = run.keys[stage]
     unchanged(run)
     begun, limit = time.monotonic(), run.config.limits.get(stage.kind.name)  # type: ignore[call-overload]
+    sound(run, stage)
     done = [] if key in run.again else stage.kind.resumes(run.store.folder(key))
     run.store.clear(key, done)
     if done:
@@ -383,6 +384,25 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
             "facts": facts,
         },
     )
+
+
+def sound(run: Run, stage: Stage) -> None:
+    """See that what a stage reads of others is what they left, by its hash: nothing is built on what was written to.
+
+    Raises:
+        StageError: naming what is another.
+    """
+    for source in stage.inputs.values():
+        if isinstance(source, Output):
+            undamaged(run.store, run.keys[source.stage], source.path)
+
+
+def undamaged(store: Store, key: str, inside: str = "") -> None:
+    """Raise `StageError` if a stage's files, or those `inside` it, are not what they were when it was done."""
+    if damaged := store.damaged(key, inside):
+        raise StageError(
+            f"{key}: {', '.join(damaged)} changed since it was made\nrun its command with --verify: it is made again"
+        )
 
 
 def unchanged(run: Run) -> None:
@@ -536,6 +556,8 @@ class Published:
         """One row a question, of one step that is done."""
         key = self.run.keys[step.stage]
         if key not in self.outcomes:
+            if step.checkpoint:  # another's are weights, and are not read
+                undamaged(self.run.store, key)
             folder = self.run.store.folder(key)
             self.outcomes[key] = step.stage.kind.outcomes(folder, step.stage, self.run.pair["instruct"])
         return self.outcomes[key]

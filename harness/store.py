@@ -57,34 +57,36 @@ class Store:
 
         A checkpoint that `gc` took away is not missed here; who needs one asks `lacks`.
         """
-        folder = self.folder(key)
+        record = self._marked(key)
+        if record is None or any(_size(self.folder(key) / name) != size for name, (size, _) in _here(record)):
+            return None
+        return record
+
+    def _marked(self, key: str) -> dict[str, Any] | None:
+        """What a stage's marker says; half a marker, or one that was written to, marks nothing."""
         try:
-            record: dict[str, Any] | None = read_json(folder / MARKER)
+            record: dict[str, Any] | None = read_json(self.folder(key) / MARKER)
         except LoopError:
-            return None  # half a marker marks nothing
+            return None
         if not isinstance(record, dict) or record.get("key") != key:
             return None
-        for name, (size, _) in record["outputs"].items():
-            if name in record.get("pruned", []):
-                continue
-            try:
-                if (folder / name).stat().st_size != size:
-                    return None
-            except OSError:
-                return None
-        return record
+        return record if record.pop("digest", None) == _digest_of(record) else None
+
+    def _mark(self, key: str, record: dict[str, Any]) -> None:
+        value = json.loads(json.dumps(record, default=str))  # as it will be read
+        write_json(self.folder(key) / MARKER, {**value, "digest": _digest_of(value)}, durable=True)
 
     def lacks(self, key: str) -> bool:
         """Whether a finished stage's checkpoint was taken away to save space."""
         return bool((self.record(key) or {}).get("pruned"))
 
-    def damaged(self, key: str) -> list[str]:
-        """The files of a finished stage that are not what they were, by their hashes."""
-        record = self.record(key)
+    def damaged(self, key: str, inside: str = "") -> list[str]:
+        """The files of a finished stage that are not what they were, by their hashes; of all, or those `inside` it."""
+        folder, record = self.folder(key), self._marked(key)
         if record is None:
-            return []
-        here = {name: value for name, value in record["outputs"].items() if name not in record.get("pruned", [])}
-        return [name for name, (_, value) in here.items() if digest(self.folder(key) / name) != value]
+            return [MARKER] if (folder / MARKER).exists() else []
+        looked = [(name, was) for name, was in _here(record) if not inside or f"{name}/".startswith(f"{inside}/")]
+        return [name for name, (size, was) in looked if _size(folder / name) != size or digest(folder / name) != was]
 
     def forget(self, key: str) -> None:
         """Let a stage count as never done."""
@@ -136,7 +138,7 @@ class Store:
             for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
                 sync(inner)
             sync(self.root)
-            write_json(folder / MARKER, {"key": key, **facts, "outputs": outputs}, durable=True)
+            self._mark(key, {"key": key, **facts, "outputs": outputs})
 
     def prune(self, key: str, inside: str) -> int:
         """Take a finished stage's checkpoint away; returns the bytes that are free now, 0 if a process works on it."""
@@ -149,13 +151,13 @@ class Store:
             names = [name for name in record["outputs"] if name.startswith(f"{inside}/")]
             with disk_errors(folder):
                 try:
-                    write_json(folder / MARKER, {**record, "pruned": names}, durable=True)
+                    self._mark(key, {**record, "pruned": names})
                 except OSError as error:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise
                     # Room for the marker itself; were this to end here, the stage would count as not done.
                     max(files, key=lambda path: path.stat().st_size).unlink()
-                    write_json(folder / MARKER, {**record, "pruned": names}, durable=True)
+                    self._mark(key, {**record, "pruned": names})
                 shutil.rmtree(folder / inside)
             return size
 
@@ -216,6 +218,23 @@ class Known:
     def _combined(self, folder: Path, files: list[Path]) -> str:
         lines = [f"{path.relative_to(folder)}\0{self.digest(path)}\n" for path in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _here(record: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+    """Name, size and hash of every file that a stage left and nobody took away."""
+    gone = set(record.get("pruned", []))
+    return [(name, was) for name, was in record["outputs"].items() if name not in gone]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _digest_of(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _emptied(folder: Path, but: set[Path]) -> None:
