@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from made_runs import a_run, inputs_for
+from small import small_loop, ts_loop
 
 from harness.card import of_size
 from harness.config import LoopConfig
@@ -16,6 +17,7 @@ from harness.costs.forecast import alike, work
 from harness.costs.kept import Against, against, keep
 from harness.loop import described
 from harness.plan import plan
+from harness.report import gather
 from harness.stages import RECIPE
 
 CPU = of_size(16)._replace(name="a CPU", gpu=False)
@@ -116,3 +118,19 @@ def test_without_a_plan_there_is_nothing_to_hold_anything_against(
     if text is not None:
         (tmp_path / "plan.json").write_text(text)
     assert against(tmp_path / "plan.json", went(shipped, tmp_path)) == ("", [])
+
+
+@pytest.mark.slow
+def test_a_plan_and_then_the_run_meet_on_its_page(recipes: Path, tmp_path: Path) -> None:
+    loop, out = small_loop(recipes, tmp_path / "mine"), tmp_path / "runs"
+    ts_loop("plan", "--config", loop, "--out", out, "--speed", "1000,9000")
+    ts_loop("--config", loop, "--out", out)
+    found = {one.kind: one for one in gather(out, "small").planned[1]}
+    assert {kind: one.runs for kind, one in found.items()} == {
+        "evaluate": 4,
+        "generate": 1,
+        "distill": 1,
+        "reconstruct": 1,
+    }
+    assert all(one.memory[0] > 0 and one.memory[1] > 0 for one in found.values())
+    assert '<table id="plan">' in (out / "small" / "report.html").read_text()
