@@ -26,7 +26,8 @@ Examples:
 def command(before: str, after: str | None, out: Path, as_json: bool) -> None:
     """Say whether one checkpoint is better than another, question by question.
 
-    The test is McNemar's exact one; p-values of several tasks are corrected (Holm). CHECKPOINT is instruct or thinking,
+    The test is McNemar's exact one; p-values of several tasks are corrected (Holm). Where a run's questions were asked k
+    times, pass@k and maj@k are tested too, corrected among themselves. CHECKPOINT is instruct or thinking,
     ITERATION a number; left out, instruct and the last one.
     """
     from harness import evidence, view
@@ -43,5 +44,7 @@ def command(before: str, after: str | None, out: Path, as_json: bool) -> None:
         return
     shown = view.View()
     shown.console.print(view.comparison_table(found))
+    if not after and (several := evidence.gains(evidence.of_several(evidence.read(out / before)))):
+        shown.console.print(view.comparison_table(several))
     for line in evidence.verdict(found):
         shown.say(line)

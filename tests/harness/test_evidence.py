@@ -149,6 +149,16 @@ def test_pass_and_maj_are_right_or_wrong_and_have_mcnemar_s_test() -> None:
     assert evidence.of_several(RUN) == []
 
 
+def test_pass_and_maj_are_compared_at_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    one, other = [("1000", 1.0, 0.0)] * 10, [("1110", 1.0, 1.0)] * 10
+    lasting([*several(one), *several(other, iteration=1)], tmp_path / "mine")
+    assert command_here(monkeypatch, "compare", "mine", "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert said.index("instruct is better on sums") > said.index("sums maj@4") > said.index("25.0%")
+
+
 def test_several_answers_of_several_seeds_are_their_mean() -> None:
     one = several([("1100", 1.0, 1.0), ("0000", 0.0, 0.0), ("1111", 1.0, 1.0)])
     other = several([("0000", 0.0, 0.0), ("0000", 0.0, 0.0), ("1000", 1.0, 0.0)], seed=1)
