@@ -26,6 +26,7 @@ Row = Mapping[str, Any]
 SURE = 1 - stats.LEVEL
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 CLIFF = 0.3  # of closed traces, lost between one t and the next
+FALL = 0.1  # of accuracy, beyond which traces that all close hide it
 
 
 class Who(NamedTuple):
@@ -423,7 +424,7 @@ def dial(rows: Sequence[Row], anchor: Sequence[Row]) -> list[Point]:
 
 
 def cliffs(found: Sequence[Point]) -> list[str]:
-    """Where closing stops, a sentence a task."""
+    """Where closing stops, or else where most right answers are lost; a sentence a task."""
     said = []
     for task in dict.fromkeys(point.task for point in found):
         mine = [point for point in found if point.task == task]
@@ -437,7 +438,16 @@ def cliffs(found: Sequence[Point]) -> list[str]:
             )
         else:
             least = min(mine, key=lambda point: point.closed)
-            said.append(f"{task}: no cliff; the fewest traces close at t = {least.t:g}, {least.closed:.0%}")
+            line = f"{task}: no cliff; the fewest traces close at t = {least.t:g}, {least.closed:.0%}"
+            drops = [(before.accuracy.value - after.accuracy.value, before, after) for before, after in pairwise(mine)]
+            drop = max(drops, default=None, key=lambda fall: fall[0])
+            if drop and drop[0] > FALL:
+                _, before, after = drop
+                line += (
+                    f"; right answers are lost all the same, most between t = {before.t:g}, "
+                    f"{before.accuracy.value:.0%}, and t = {after.t:g}, {after.accuracy.value:.0%}"
+                )
+            said.append(line)
     return said
 
 

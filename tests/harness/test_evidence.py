@@ -188,6 +188,13 @@ def test_the_dial_names_the_cliff() -> None:
     assert evidence.cliffs(points) == [says]
     assert evidence.cliffs(points[:2]) == ["sums: no cliff; the fewest traces close at t = 0.25, 90%"]
     assert evidence.cliffs([]) == []
+    closing = evidence.dial([*turned(0.0, "1" * 10, 10), *turned(0.5, "1" * 9 + "0", 9), *turned(1.0, "1" * 7, 7)], [])
+    assert evidence.cliffs(closing)[0].endswith("no cliff; the fewest traces close at t = 0.5, 90%")
+    falling = evidence.dial([*turned(0.0, "1" * 9 + "0", 10), *turned(0.5, "1" * 7 + "000", 10)], [])
+    assert evidence.cliffs(falling) == [
+        "sums: no cliff; the fewest traces close at t = 0, 100%; right answers are lost all the same, most between "
+        "t = 0, 90%, and t = 0.5, 70%"
+    ]
 
 
 def test_a_question_that_a_task_asks_twice_is_two() -> None:
