@@ -379,7 +379,7 @@ def sample_efficiency(kept: Records) -> str:
             METHODS[name],
             percent(brief["final"][name]),
             never(brief["grpo_is_there_after"][name]),
-            f"**1/{ratio:.1f}**",
+            f"**1/{ratio:.1f}**" if ratio else "never",
         ]
         for name, ratio in brief["ratio"].items()
     ]
