@@ -161,7 +161,9 @@ def choose(out: Path, name: str) -> Chosen:
     kind = next((kind for kind in MADE_BY[checkpoint] if kind in kinds), "")
     made = {step["iteration"]: step for step in mine if step["reads"]["kind"] == kind}
     done = [iteration for iteration, step in made.items() if store.record(step["key"])]
-    iteration = int(said["iteration"]) if said["iteration"] else max(done, default=0)
+    iteration = int(said["iteration"]) if said["iteration"] else max(done, default=-1)
+    if iteration < 0:
+        raise LoopError(f"{name}: no {checkpoint} checkpoint of it is made yet; run its command again, which goes on")
     if not iteration:
         what = f"{checkpoint}@0 is the checkpoint as it came"
         if is_tah(Path(str(whole["asked"][checkpoint]))):

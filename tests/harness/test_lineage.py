@@ -111,7 +111,7 @@ def test_a_run_that_made_nothing_yet_has_none(shipped: LoopConfig, tmp_path: Pat
     for step in run.steps:
         if step.iteration:
             run.store.remove(run.keys[step.stage])
-    with pytest.raises(LoopError, match="instruct@0 is the checkpoint as it came"):
+    with pytest.raises(LoopError, match="no instruct checkpoint of it is made yet"):
         lineage.choose(tmp_path, "mine")
     RunDir(tmp_path / "mine").note(steps=[])
     with pytest.raises(LoopError, match="no such run"):
