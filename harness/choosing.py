@@ -130,7 +130,9 @@ def best(scores: Mapping[float, Mapping[str, float]]) -> dict[str, Any]:
     return {
         "t": t,
         "why": f"t = {t:g}: the best of {len(scores)} on {named}{anchor}",
-        "candidates": [{"t": one, "accuracy": dict(by), "passes": one == t} for one, by in scores.items()],
+        "candidates": [
+            {"t": one, "accuracy": dict(by), "passes": at_least(means[one], top)} for one, by in scores.items()
+        ],
     }
 
 

@@ -553,7 +553,9 @@ class Published:
         return None
 
     def outcomes_of(self, step: Step) -> list[outcomes.Outcome]:
-        """One row a question, of one step that is done."""
+        """One row a question, of one step that is done; none of what a t was only tried on."""
+        if not step.checkpoint:
+            return []
         key = self.run.keys[step.stage]
         if key not in self.outcomes:
             if step.checkpoint:  # another's are weights, and are not read

@@ -199,6 +199,21 @@ def test_a_run_s_figures_are_tensorboard_s_too(copied: tuple[Path, Path], runner
     assert read() == first
 
 
+def test_what_t_is_chosen_by_is_published_as_no_score(
+    copied: tuple[Path, Path], runner: LocalRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = copied
+    monkeypatch.setattr(plans, "GRID", (0.1,))
+    ran = run_here(config, out, runner, ("validate=[mini_math]",), name="held_out", t="auto")
+    (choice,) = ran.results["chosen"]
+    assert [set(one["accuracy"]) for one in choice["candidates"]] == [{"mini_math"}] * 2
+    assert {(row["checkpoint"], row["task"]) for row in ran.results["rows"]} == {
+        ("instruct", "mini_qa"),
+        ("thinking", "mini_qa"),
+    }
+    assert {row["task"] for row in evidence.read(ran.folder)} == {"mini_qa"}
+
+
 # --- from outside ---
 
 
