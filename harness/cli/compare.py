@@ -26,9 +26,9 @@ Examples:
 def command(before: str, after: str | None, out: Path, as_json: bool) -> None:
     """Say whether one checkpoint is better than another, question by question.
 
-    The test is McNemar's exact one; p-values of several tasks are corrected (Holm). Where a run's questions were asked k
-    times, pass@k and maj@k are tested too, corrected among themselves. CHECKPOINT is instruct or thinking,
-    ITERATION a number; left out, instruct and the last one.
+    The test is McNemar's exact one; p-values of several tasks are corrected (Holm). Where a run's questions were asked
+    k times, pass@k and maj@k are tested too, corrected among themselves. CHECKPOINT is instruct or thinking, ITERATION
+    a number; left out, instruct and the last one.
     """
     from harness import evidence, view
 
