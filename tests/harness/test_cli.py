@@ -72,7 +72,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *o
     ("options", "says"),
     [
         (["--t", "1.5"], "--t: "),
-        (["--t", "abc"], "Invalid value for '--t'"),
+        (["--t", "abc"], "--t: value error, must be from 0 (thinking) to 1 (instruct), or auto"),
         (["--iters", "-1"], "--iters"),
         (["--limit", "0"], "--limit: "),
         (["--anchor", "last"], "--anchor: "),
