@@ -33,8 +33,8 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
-    # glibc keeps blocks below 32 MiB once they were freed, here and there as threads come: loading 0.6 B weights into NF4
-    # on a CPU then peaks anywhere up to a fifth above what is alive. This costs a training there some 4 % of its time.
+    # glibc keeps freed blocks below 32 MiB, here and there as threads come: putting 0.6 B weights into NF4 on a CPU
+    # then peaks up to a fifth above what is alive, another time not. It costs a training there some 4 % of its time.
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
 }
 BAR = re.compile(rb"([^\r\n|]*?):?[ \t]*\d+%\|[^|]*\|\s*([\d.]+[kMG]?)/([\d.]+[kMG]?) \[")
