@@ -69,16 +69,19 @@ class Tried(NamedTuple):
 def chosen(tried: Sequence[Tried]) -> dict[str, Any]:
     """The largest t that passes with all smaller ones, and why; `tried` begins with t = 0, in rising order of t.
 
+    Where the anchor's answers cannot be compared with its own (free text), no other passes: that traces close says
+    nothing of what follows them.
+
     Returns:
         `{"t", "why", "n", "demanded": {"closed", "agreement"}, "candidates": [{"t", "closed", "agreement",
-        "passes"}]}`; no agreement is demanded (null) where the anchor's answers cannot be compared with its own.
+        "passes"}]}`; what agreement is demanded is null where the anchor's answers cannot be compared with its own.
     """
     anchor = tried[0]
     comparable = anchor.agreement >= COMPARABLE
     closed, agreement = anchor.closed - POINT, anchor.agreement - POINT
 
     def passes(one: Tried) -> bool:
-        return at_least(one.closed, closed) and (not comparable or at_least(one.agreement, agreement))
+        return not one.t or (comparable and at_least(one.closed, closed) and at_least(one.agreement, agreement))
 
     best, failed = anchor, None
     for one in tried[1:]:
@@ -89,8 +92,8 @@ def chosen(tried: Sequence[Tried]) -> dict[str, Any]:
     bounds = f"{closed:.1%} closed and {agreement:.1%} as the anchor are demanded, by its own second answers"
     if not comparable:
         bounds = (
-            f"{closed:.1%} closed are demanded; the anchor agrees with itself on {anchor.agreement:.1%} alone: such "
-            "answers cannot be compared, name a task by validate: to have them judged"
+            f"the anchor agrees with itself on {anchor.agreement:.1%} alone: such answers cannot be compared, name a "
+            "task by validate: to have them judged"
         )
     if anchor.n * POINT < 1:
         bounds += ", which is less than one answer, so chance weighs much"

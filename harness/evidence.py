@@ -72,8 +72,12 @@ class Comparison(NamedTuple):
     @property
     def sure(self) -> bool:
         """Whether the questions show a difference and, where there are several seeds, these do too."""
-        alike = self.seeds is not None and not self.seeds.low > 0 and not self.seeds.high < 0
-        return self.p <= SURE and not alike
+        return self.p <= SURE and (self.seeds is None or differs(self.seeds))
+
+
+def differs(seeds: Estimate) -> bool:
+    """Whether a mean over seeds is not 0: by its interval or, where all seeds came to the same, by itself."""
+    return seeds.value != 0 if math.isnan(seeds.low) else seeds.low > 0 or seeds.high < 0
 
 
 class Figures(NamedTuple):
@@ -145,6 +149,8 @@ def _merged(rows: Sequence[Row]) -> Row:
 def compare(sides: Sequence[tuple[str, Who, Mapping[str, Row], Who, Mapping[str, Row]]]) -> list[Comparison]:
     """Compare checkpoints task by task; all comparisons of one call are corrected together.
 
+    Of several seeds those count that both sides have: a run that was stopped has more of one than of the other.
+
     Args:
         sides: (task, one checkpoint, its rows by question, the other, its rows).
 
@@ -159,7 +165,7 @@ def compare(sides: Sequence[tuple[str, Who, Mapping[str, Row], Who, Mapping[str,
                 f"{task}: {before} and {after} were not asked the same questions ({alike})"
                 "\ncompare runs with the same tasks and the same --limit"
             )
-        both = [(ours[question], theirs[question]) for question in ours]
+        both = _alike([(ours[question], theirs[question]) for question in ours])
         one, other = [row["score"] for row, _ in both], [row["score"] for _, row in both]
         test = stats.paired(one, other)
         found.append(
@@ -181,6 +187,24 @@ def compare(sides: Sequence[tuple[str, Who, Mapping[str, Row], Who, Mapping[str,
     for place, p in zip(tested, stats.holm([found[place].p for place in tested]), strict=True):
         found[place] = found[place]._replace(p=p)
     return found
+
+
+def seeds_of(rows: Mapping[str, Row]) -> set[int]:
+    """The seeds in which every question was answered."""
+    return set.intersection(*(set(row["by_seed"]) for row in rows.values()))
+
+
+def _alike(both: list[tuple[Row, Row]]) -> list[tuple[Row, Row]]:
+    """Rows whose scores are means over the same seeds; as they are where no seed is on both sides."""
+    shared = set.intersection(*(set(row["by_seed"]) for pair in both for row in pair))
+    if not shared or all(set(row["by_seed"]) == shared for pair in both for row in pair):
+        return both
+
+    def of(row: Row) -> Row:
+        by_seed = {seed: score for seed, score in row["by_seed"].items() if seed in shared}
+        return {**row, "score": stats.mean(list(by_seed.values())), "by_seed": by_seed}
+
+    return [(of(before), of(after)) for before, after in both]
 
 
 def _over_seeds(both: Sequence[tuple[Row, Row]]) -> Estimate | None:
@@ -245,10 +269,16 @@ def gains(rows: Sequence[Row]) -> list[Comparison]:
     sides = []
     for (who, task), mine in groups.items():
         first = who._replace(iteration=0)
-        last = max(w.iteration for w, t in groups if t == task and w._replace(iteration=0) == first)
-        if who.iteration == last > 0 and (first, task) in groups:
+        if who == last_of(groups, who, task) and who.iteration and (first, task) in groups:
             sides.append((task, first, groups[first, task], who, mine))
     return compare(sorted(sides, key=lambda side: (side[3].checkpoint, side[0])))
+
+
+def last_of(groups: Mapping[tuple[Who, str], dict[str, Row]], who: Who, task: str) -> Who:
+    """A checkpoint at its last iteration of those that most seeds have come to; some may not be as far as others."""
+    first = who._replace(iteration=0)
+    every = [one for one, of in groups if of == task and one._replace(iteration=0) == first]
+    return max(every, key=lambda one: (one.iteration > 0, len(seeds_of(groups[one, task])), one.iteration))
 
 
 def of_several(rows: Sequence[Row]) -> list[Row]:
@@ -308,8 +338,7 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
     groups, about = by_checkpoint(rows), rows[0]["arm"]
     last: dict[tuple[str, str, str], Who] = {}
     for who, task in groups:
-        place = (who.checkpoint, task, who.arm)
-        last[place] = max(last.get(place, who), who, key=lambda one: one.iteration)
+        last[who.checkpoint, task, who.arm] = last_of(groups, who, task)
     gains, beside = [], []
     for (checkpoint, task, arm), who in last.items():
         first, main = who._replace(iteration=0), last.get((checkpoint, task, about))

@@ -98,6 +98,8 @@ def gather(chosen: Chosen, name: str, adapter_only: bool) -> dict[str, Any]:
         "loads": name,
         "who": who,
         "seed": chosen.seed,
+        "several": len({(step.get("arm"), step.get("seed")) for step in chosen.steps}) > 1,
+        "repeats": max((row.get("repeats", 1) for row in mine), default=1),
         "iterations": max(step["iteration"] for step in chosen.steps),
         "adapter_only": adapter_only,
         "adapters": len(distilled),
@@ -333,9 +335,11 @@ def merge(step: Step) -> dict[str, Any]:
 
 
 def choice(chosen: Chosen, step: Step) -> str:
-    """Which t of several went on, and why."""
+    """Which t of several went on, by what, and why."""
     facts = (chosen.store.record(step["key"]) or {}).get("facts", {})
-    return f"iteration {step['iteration']}: {facts['why']}" if "why" in facts else ""
+    by_labels = "labels" in step["reads"]["recipes"].get(RECIPE, {})
+    by = "training prompts" if by_labels else "tasks that are none of the tests (their questions were not compared)"
+    return f"by {by}, iteration {step['iteration']}: {facts['why']}" if "why" in facts else ""
 
 
 def contamination(chosen: Chosen) -> dict[str, int]:

@@ -224,6 +224,34 @@ def test_a_gain_that_the_seeds_do_not_show_is_not_sure() -> None:
     assert "the questions show it, the seeds do not" in evidence.verdict([unsure])[0]
 
 
+def test_seeds_that_all_come_to_the_same_show_it() -> None:
+    before = [row for seed in (0, 1, 2) for row in asked("0" * 40 + "1" * 20, seed=seed)]
+    alike = [row for seed in (0, 1, 2) for row in asked("0" * 20 + "1" * 40, seed=seed, iteration=1)]
+    (gain,) = evidence.gains([*before, *alike])
+    assert gain.seeds
+    assert math.isnan(gain.seeds.low)
+    assert gain.sure
+    assert not evidence.gains([*before, *[{**row, "iteration": 1} for row in before]])[0].sure
+
+
+def test_a_run_whose_seeds_are_not_all_as_far_is_judged_where_they_are() -> None:
+    rows = [row for seed in (0, 1) for row in asked("0" * 40 + "1" * 20, seed=seed)]
+    rows += [row for seed in (0, 1) for row in asked("0" * 39 + "1" * 21, seed=seed, iteration=1)]
+    rows += asked("1" * 60, seed=0, iteration=2)
+    (gain,) = evidence.gains(rows)
+    assert gain.after.iteration == 1
+    assert gain.test.gained == 1
+    (arm,) = evidence.arms(rows)
+    assert arm.who.iteration == 1
+
+
+def test_what_only_one_side_has_of_a_seed_is_left_out() -> None:
+    before = [*asked("0000", seed=0), *asked("1111", seed=1)]
+    (gain,) = evidence.gains([*before, *asked("1111", seed=0, iteration=1)])
+    assert gain.scores == (0.0, 1.0)
+    assert gain.seeds is None
+
+
 def test_tokens_are_of_an_answer_however_many_there_are() -> None:
     more = [{**row, "iteration": 1, "answers": 4, "answer_tokens": 40} for row in asked("0101")]
     (gain,) = evidence.gains([*asked("0101"), *more])
