@@ -46,9 +46,9 @@ class Apart(NamedTuple):
 
     @property
     def angle(self) -> float:
-        """θ in radians, 0 to π; 0 where a tensor is all zeros, which has no direction."""
+        """θ in radians, 0 to π; of zeros and another tensor π/2, as mergekit has it, of two of zeros 0."""
         if not self.a or not self.b:
-            return 0.0
+            return math.pi / 2 if self.a or self.b else 0.0
         # |b − a|² = (|b| − |a|)² + 4 |a| |b| sin²(θ/2): exact near 0, where the cosine is 1 to all digits.
         half = (self.apart**2 - (self.b - self.a) ** 2) / (4 * self.a * self.b)
         return 2 * math.asin(math.sqrt(min(1.0, max(0.0, half))))
@@ -56,7 +56,7 @@ class Apart(NamedTuple):
     @property
     def straight(self) -> bool:
         """Whether mergekit interpolates it linearly."""
-        return not self.a or not self.b or abs(math.cos(self.angle)) > STRAIGHT
+        return not (self.a or self.b) or abs(math.cos(self.angle)) > STRAIGHT
 
     def differ(self, t: float) -> float:
         """‖slerp − lerp‖ / ‖b − a‖ at weight `t` of the second, as mergekit merges; 0 for equal tensors."""

@@ -7,6 +7,7 @@ where and what to do.
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -81,6 +82,8 @@ def _from_hub(name: str, role: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LoopError(f"--{role} {name}: no disk space left to fetch it; free some, or set HF_HOME") from None
         raise LoopError(
             f"--{role} {name}: no such folder, and the hub did not give it ({type(error).__name__})"
             "\ncheck the name and the network (HF_TOKEN for a gated one), or name a local folder"

@@ -31,6 +31,7 @@ from harness.view import View
 
 State = Literal["ok", "warning", "failing"]
 ROOM = 10e9  # bytes of disk and of memory under which a run of any use gets tight
+SMALL_GB = 8.0  # a GPU of which nobody knows how large it is
 SLOW_S = 20.0  # for one stage of the trial
 SKEW_S = 300.0  # between this clock and the hub's
 PATIENCE_S = 5.0  # for the hub to answer
@@ -176,9 +177,9 @@ def asked(file: Path, out: Path, view: View) -> Iterator[Finding]:
         run = loop.prepare(config, recipes, out, view)
         todo = loop.pending(run)
         kinds = {stage.kind.name: stage.recipes.get("recipe.yml", {}) for stage in todo.values()}
-        checks.check_accelerator(kinds, has_accelerator(), not has_accelerator() or card.at_hand().bf16)
+        checks.check_accelerator(kinds, has_accelerator(), not has_accelerator() or at_hand().bf16)
         yield Finding("loop.yml", "ok", f"{len(run.steps)} stages, {len(todo)} of them to be run")
-        checks.check_disk(run.store.root, run.pair["thinking"], sum(bool(s.kind.checkpoint) for s in todo.values()))
+        checks.check_disk(run.store.root, run.pair["thinking"], loop.checkpoints_of(todo.values()))
         yield disk(out, 0)
     except LoopError as error:
         first, _, mend = str(error).partition("\n")
@@ -188,8 +189,8 @@ def asked(file: Path, out: Path, view: View) -> Iterator[Finding]:
 def trial(view: View) -> Iterator[Finding]:
     """The tools, tried: a finding a stage, and of one that failed what it said."""
     with tempfile.TemporaryDirectory(prefix="ts-loop-doctor-") as name:
-        config, recipes = small(Path(name))
         try:
+            config, recipes = small(Path(name))
             run = loop.prepare(config, recipes, Path(name) / "runs", view)
             loop.go(run, view, told=False)
         except LoopError as error:
@@ -207,6 +208,14 @@ def trial(view: View) -> Iterator[Finding]:
             yield Finding(kind, "warning" if slow else "ok", f"works, in {max(took):.1f} s at most", mend)
 
 
+def at_hand() -> card.Card:
+    """The device here; one that does not tell its memory is taken for a small one."""
+    try:
+        return card.at_hand()
+    except LoopError:
+        return card.of_size(SMALL_GB)
+
+
 def small(folder: Path) -> tuple[LoopConfig, dict[str, Recipe]]:
     """The embedded pair's loop for the device at hand, two prompts and questions; `folder` is for its files."""
     shipped = recipes_folder()
@@ -214,7 +223,7 @@ def small(folder: Path) -> tuple[LoopConfig, dict[str, Recipe]]:
     if has_accelerator():
         instruct, thinking = (str(shipped / "mini" / role) for role in ("instruct", "thinking"))
         wanted = own.Wanted(str(folder), instruct, thinking, prompts=["mini_math_prompts"], tasks=["mini_math"])
-        for name, text in own.prepared(wanted).texts.items():
+        for name, text in own.prepared(wanted, at_hand()).texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         file = folder / "loop.yml"
     else:

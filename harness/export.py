@@ -50,7 +50,9 @@ def licence(parents: Sequence[Parent], said: str | None) -> Licence:
                 "--license apache-2.0, as the hub calls it"
             )
     ours, theirs = (found[parent.role] for parent in parents)
-    if ours is None or ours != theirs:
+    # Each parent's card may link to its own copy of one licence; only "other" is known by its link.
+    alike = ours == theirs if ours and ours.id == "other" else (ours and ours.id) == (theirs and theirs.id)
+    if ours is None or not alike:
         both = ", ".join(f"{role} {one.id if one else 'none'}" for role, one in found.items())
         raise LoopError(f"the parents' licences differ ({both}): say which both allow by --license ID")
     return ours

@@ -222,6 +222,9 @@ def check_pair(config: LoopConfig) -> tuple[dict[str, Path], dict[str, str]]:
         LoopError: if they do not fit each other or the run.
     """
     pair, names = {}, {}
+    # Before 16 GB are fetched.
+    described = [checks.described_checkpoint(getattr(config, role), role) for role in ("instruct", "thinking")]
+    checks.check_described(*described)
     for role in ("instruct", "thinking"):
         pair[role], names[role] = checks.local_checkpoint(getattr(config, role), role)
         checks.check_checkpoint(pair[role], role)
@@ -340,7 +343,7 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
     """
     key = run.keys[stage]
     unchanged(run)
-    begun, limit = time.monotonic(), run.config.limits.get(stage.kind.name)  # type: ignore[call-overload]
+    begun, limit = time.monotonic(), run.config.limits.get(stage.kind.limited_as or stage.kind.name)  # type: ignore[call-overload]
     sound(run, stage)
     done = [] if key in run.again else stage.kind.resumes(run.store.folder(key))
     run.store.clear(key, done)
@@ -450,12 +453,17 @@ def go(run: Run, view: View, runner: Runner | None = None, told: bool = True) ->
         return results
 
 
+def checkpoints_of(stages: Iterable[Stage]) -> int:
+    """How many checkpoints stages write; what is chosen of several t is there already."""
+    return sum(stage.kind.checkpoint is not None and stage.kind is not choose.KIND for stage in stages)
+
+
 def _carried_out(run: Run, view: View, runner: Runner | None) -> Published:
     todo = pending(run)
     if todo:
         asked = {stage.kind.name: stage.recipes.get(RECIPE, {}) for stage in todo.values()}
         checks.check_accelerator(asked, bool(devices()), has_bf16())
-        checks.check_disk(run.store.root, run.pair["thinking"], sum(bool(s.kind.checkpoint) for s in todo.values()))
+        checks.check_disk(run.store.root, run.pair["thinking"], checkpoints_of(todo.values()))
     settings = run.config.model_dump(mode="json")
     for key in run.again:
         run.store.forget(key)

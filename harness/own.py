@@ -229,6 +229,7 @@ def write(wanted: Wanted, folders: Mapping[str, Path], card: Card) -> Written:
         ),
         **{f"{name}.yml": render(f"{name}.yml", f"{name}.yml.j2") for name in ("distill", "on_policy", "reconstruct")},
     }
+    vllm = recipes_folder() / "qwen3_4b" / ("vllm_8gb" if nf4 else "vllm")
     facts = [
         ("pair", f"{values['size']} parameters, {shape.weights_bytes(False) / 1e9:.2g} GB each, {shape.dtype}"),
         ("device", f"{card.name}: {card.memory / 1e9:.1f} GB"),
@@ -236,7 +237,7 @@ def write(wanted: Wanted, folders: Mapping[str, Path], card: Card) -> Written:
         ("a trace and its answer", f"{how['thinking'].tokens:,} tokens at most: {how['thinking'].length_from}"),
         ("an answer alone", f"{how['instruct'].tokens:,} tokens at most: {how['instruct'].length_from}"),
         ("sampling", how["thinking"].sampling_from),
-        *([("faster", "vLLM writes many answers at once: README, and recipes/qwen3_4b/vllm")] if card.gpu else []),
+        *([("faster", f"vLLM writes many answers at once: README, and {vllm}")] if card.gpu else []),
         (
             "training",
             f"QLoRA, {rows} rows a step, {micro} at once, of {sequence:,} tokens; rate {learning_rate(shape.hidden)}",

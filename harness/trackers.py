@@ -41,7 +41,7 @@ OF_ROWS = ("accuracy", "tokens_per_answer", "closed_traces")
 PROJECT = "thinkswitch"
 # Where a training recipe's own trainer reports to, of Axolotl's keys: this run's figures go there, too.
 RECIPE_KEYS = {
-    "wandb": {"project": "wandb_project", "entity": "wandb_entity"},
+    "wandb": {"project": "wandb_project", "entity": "wandb_entity", "mode": "wandb_mode"},
     "trackio": {"project": "trackio_project_name", "space_id": "trackio_space_id"},
     "mlflow": {"project": "mlflow_experiment_name", "uri": "mlflow_tracking_uri"},
 }
@@ -159,11 +159,17 @@ class Trackers:
                 for line, (run, new, anew) in news.items()
             ]
             try:
-                tensorboard(self.folder / "tensorboard", lines) if name == "tensorboard" else self._apart(name, lines)
-                for line, (run, _, anew) in news.items():
-                    before = {} if anew else mine.get(line, {}).get("points", {})
+                for told_of in lines:  # each noted by itself: what was told of one is not told again if the next fails
+                    line, run = str(told_of["line"]), told_of["run"]
+                    before = {} if told_of["anew"] else mine.get(line, {}).get("points", {})
+                    if name == "tensorboard":
+                        tensorboard(self.folder / "tensorboard", [told_of])
+                    else:
+                        had.setdefault(name, {})[line] = {"run": run, "points": before}
+                        write_json(file, had)  # so that a next try finds the run that this one began
+                        self._apart(name, [told_of])
                     had.setdefault(name, {})[line] = {"run": run, "points": _both(before, every[line])}
-                write_json(file, had)
+                    write_json(file, had)
             except Exception as error:
                 self.names.remove(name)
                 why = " ".join(str(error).split())[:200] or type(error).__name__
@@ -303,7 +309,7 @@ def wandb(what: Mapping[str, Any]) -> None:
             config=line["settings"],
             dir=what["folder"],
             resume="allow",
-            mode=None if said or library.login(prompt=False) else "offline",
+            mode=what.get("mode") or (None if said or library.login(prompt=False) else "offline"),
             settings=library.Settings(console="off", disable_git=True, x_disable_stats=True),
         )
         run.define_metric("iteration")

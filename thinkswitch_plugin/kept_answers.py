@@ -25,8 +25,9 @@ from typing import Any
 
 import yaml
 
-AT_ONCE = 256  # questions that an engine with a batch of its own gets
-QUEUED = 8  # requests for each that a server answers at a time
+AT_ONCE = 32  # questions that an engine with a batch of its own gets, where nobody says how many it answers at a time
+QUEUED = 4  # requests for each that it answers at a time: the last of them leave it idle
+SLOTS = ("max_num_seqs", "max_running_requests", "num_concurrent")  # what lm-eval's model_args call those
 SUFFIX = ".answered.jsonl"  # of the file, after the recipe's name and the process's number
 
 
@@ -71,7 +72,7 @@ class Kept:
         return hashlib.sha256(json.dumps([self.what, asked], default=str).encode()).hexdigest()
 
 
-def keeping(model: type, file: Path, seed: Any, what: str) -> type:
+def keeping(model: type, file: Path, seed: Any, what: str, at_once: int = AT_ONCE) -> type:
     """A class of lm-eval's models whose answers are kept.
 
     Args:
@@ -79,6 +80,7 @@ def keeping(model: type, file: Path, seed: Any, what: str) -> type:
         file: where they are kept, before `SUFFIX`.
         seed: of all batches; with a batch's number it is that batch's.
         what: names who is asked.
+        at_once: questions that go to a model which makes batches by itself.
     """
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import Collator
@@ -92,7 +94,7 @@ def keeping(model: type, file: Path, seed: Any, what: str) -> type:
             """As the model's own: an answer a request, in their order."""
             kept = Kept(file.with_name(f"{file.name}.{self.rank}{SUFFIX}"), what)
             batches = isinstance(self, HFLM) and isinstance(self.batch_size, int)  # made here, and not by an engine
-            size = self.batch_size if batches else max(AT_ONCE, QUEUED * int(getattr(self, "_concurrent", 1)))
+            size = self.batch_size if batches else at_once
 
             def longest_first(request: Any) -> tuple[int, str]:
                 text = request.args[0]
@@ -136,7 +138,10 @@ def main() -> None:
     from lm_eval.api.registry import get_model, register_model
 
     kept = f"{name}-kept"
-    register_model(kept)(keeping(get_model(name), recipe.with_suffix(""), settings.get("seed"), text))
+    arguments = settings.get("model_args") or {}
+    slots = max((int(arguments[key]) for key in SLOTS if arguments.get(key)), default=0)
+    at_once = QUEUED * slots or AT_ONCE
+    register_model(kept)(keeping(get_model(name), recipe.with_suffix(""), settings.get("seed"), text, at_once))
     sys.argv = ["lm_eval", "run", "--config", str(recipe), "--model", kept]
     cli_evaluate()
     for file in recipe.parent.glob(f"{recipe.stem}.*{SUFFIX}"):

@@ -90,6 +90,7 @@ class Kind:
         note: the one line of those facts.
         outcomes: one `outcomes.Outcome` a question that it asked, tokens counted with a checkpoint's tokenizer.
         checkpoint: the folder inside it that holds a whole checkpoint, which can be made again from the rest.
+        limited_as: the kind whose limit of time it has, if that is another's.
         resumes: what a try that was stopped left whole in the stage's folder, from which the next one goes on.
     """
 
@@ -102,6 +103,7 @@ class Kind:
     outcomes: Callable[[Path, Stage, Path | None], list[Any]] = _no_outcomes
     checkpoint: str | None = None
     resumes: Callable[[Path], list[Path]] = _no_start
+    limited_as: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,5 +97,12 @@ def note(facts: Facts) -> str:
 
 KIND = Kind("generate", "thinking answers the prompts", asking.TOOLS, asking.PHASES, read, note, resumes=asking.resumes)
 TRIAL = Kind(
-    "answer", "a t is tried on the prompts", asking.TOOLS, asking.PHASES, read_any, note, resumes=asking.resumes
+    "answer",
+    "a t is tried on the prompts",
+    asking.TOOLS,
+    asking.PHASES,
+    read_any,
+    note,
+    resumes=asking.resumes,
+    limited_as=KIND.name,
 )
