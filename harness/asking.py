@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers"  # the folder inside a stage's that lm-eval fills
 NF4_COPY = "nf4"
+KEPT_ANSWERS = f"*{KEPT}"  # files of them, in a stage's folder
 DATE = "[0-9][0-9][0-9][0-9]-*"  # how lm-eval ends its file names; a task may be named as another's beginning
 TOOLS = ("lm_eval", "transformers", "torch", "datasets", "vllm", "sglang", "math_verify", "thinkswitch_plugin")
 SERVED = ("vllm", "sglang")  # models of lm-eval's that take a seed of their own, and not lm-eval's
@@ -134,7 +135,8 @@ def commands_for(recipe: Recipe, nf4: bool, interpreter: Interpreter | None = No
         nf4: of an NF4 copy, which is made first, here, and put into the recipe.
         interpreter: whose lm-eval asks; None for this environment's.
     """
-    ask = (slot("python") if interpreter else "python", "-m", "thinkswitch_plugin.kept_answers", f"{OWN}/{RECIPE}")
+    python = slot("python") if interpreter else "python"
+    ask = (python, "-m", "thinkswitch_plugin.kept_answers", f"{OWN}/{RECIPE}", "--keep")
     if not nf4:
         return [ask]
     recipe["model_args"]["pretrained"] = f"{OWN}/{NF4_COPY}"
@@ -143,7 +145,7 @@ def commands_for(recipe: Recipe, nf4: bool, interpreter: Interpreter | None = No
 
 def resumes(folder: Path) -> list[Path]:
     """The answers that lm-eval had when it was stopped."""
-    return sorted(folder.glob(f"*{KEPT}"))
+    return sorted(folder.glob(KEPT_ANSWERS))
 
 
 def device_of(recipe: Recipe) -> Any:

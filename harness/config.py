@@ -28,7 +28,11 @@ OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whos
 LAUNCHERS = ("python", "accelerate", "torchrun")
 NOTHING: Mapping[Path, str] = {}
 # A setting that is nobody else's business; `pad_token` and its like are not.
-SECRET = re.compile(r"(?i)(token|use_auth_token|.*(hub|hf|auth|access|api)_token|.*(secret|password|api_?key).*)")
+SECRET = re.compile(
+    r"(?i)(token|use_auth_token|.*(hub|hf|auth|access|api)_token|.*(secret|passw|api_?key|credential).*|"
+    r"authorization|headers?)"
+)
+IN_URL = re.compile(r"://[^/@\s]*@")  # a user or password
 
 
 class _Loader(yaml.SafeLoader):
@@ -298,13 +302,32 @@ def read_recipes(
     for name, file in files.items():
         if file:
             recipes[name] = located(read_yaml(file, texts), file.resolve().parent)
+    for name, recipe in recipes.items():
+        no_password(recipe, f"{name} recipe")
     for place, value in map(assignment, changes):
         if place[0] in Recipes.model_fields and len(place) > 1:
             name = "distill" if (place[0], config.distill) == ("on_policy", "on-policy") else place[0]
             if name not in recipes:
                 raise LoopError(f"--set {'.'.join(place)}: this run has no recipe {name}; it has {', '.join(recipes)}")
+            no_password(value, f"--set {place[0]}")
             put(recipes[name], place[1:], value)
     return recipes
+
+
+def no_password(value: Any, where: str) -> None:
+    """Refuse a user or password in a URL: recipes are kept, shown and published.
+
+    Raises:
+        LoopError: naming the key.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            no_password(inner, f"{where}: {key}")
+    elif isinstance(value, list):
+        for inner in value:
+            no_password(inner, where)
+    elif isinstance(value, str) and IN_URL.search(value):
+        raise LoopError(f"{where}: has a user or password in its URL; take it out, the environment is for secrets")
 
 
 def assignment(text: str) -> tuple[list[str], Any]:

@@ -13,17 +13,18 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 
 from harness import card, checks, loop, own
-from harness.config import LoopConfig, load, read_recipes, recipes_folder
+from harness.config import LoopConfig, load, read_recipes, read_yaml, recipes_folder
 from harness.errors import LoopError
 from harness.runner import has_accelerator, nvml_handles
 from harness.stages import Recipe
@@ -36,7 +37,9 @@ SLOW_S = 20.0  # for one stage of the trial
 SKEW_S = 300.0  # between this clock and the hub's
 PATIENCE_S = 5.0  # for the hub to answer
 STACK = ("transformers", "peft", "trl", "bitsandbytes", "lm_eval", "datasets")  # what the tools above stand on
-PATHS = re.compile(r"(?<![\w.])(~|/)[^\s:,;'\"()]+")
+REPORT = "please report this: ts-loop doctor --json"
+URLS, QUOTED = re.compile(r"\w+://[^\s,;'\"()]+"), re.compile(r"'[^']*'|\"[^\"]*\"")
+PATHS = re.compile(r"[^\s:,;()]*/[^\s:,;()]+")
 
 
 class Finding(NamedTuple):
@@ -63,15 +66,19 @@ def look(config: Path | None, out: Path, view: View) -> Iterator[Finding]:
         out: where its runs go.
         view: is told how the trial goes.
     """
-    yield from packages()
-    yield from device()
-    yield memory()
-    yield from hub()
-    if config:
-        yield from asked(config, out, view)
-    else:
-        yield disk(out)
-    yield from trial(view)
+    sections: dict[str, Callable[[], Iterable[Finding]]] = {
+        "packages": packages,
+        "device": device,
+        "memory": lambda: [memory()],
+        "hub": hub,
+        **({"loop.yml": lambda: asked(config, out, view)} if config else {"disk": lambda: [disk(out)]}),
+        "tools": lambda: trial(view),
+    }
+    for name, section in sections.items():
+        try:
+            yield from section()
+        except Exception as error:  # what cannot even be looked at is a finding
+            yield Finding(name, "failing", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", REPORT)
 
 
 def packages() -> Iterator[Finding]:
@@ -95,13 +102,20 @@ def packages() -> Iterator[Finding]:
         if not has or not one.specifier.contains(has, prereleases=True):
             yield Finding(one.name, "failing", has or "not installed", f"pip install '{one.name}{one.specifier}'")
         found.append(f"{one.name} {has}")
-    found += [f"{name} {version(name)}" for name in STACK]
+    for name in STACK:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            yield Finding(name, "failing", "not installed", "pip install -c constraints.txt .")
     yield Finding("thinkswitch", "ok", f"{version('thinkswitch')} with {', '.join(found)}")
 
 
 def device() -> Iterator[Finding]:
     """The accelerator, its driver, and whether torch was built for it."""
     built = version("torch")
+    if broken := driver_says():
+        yield Finding("device", "failing", broken, "nvidia-smi says the same: the driver, or the machine, started anew")
+        return
     try:
         at_hand = card.at_hand()
     except LoopError as error:
@@ -125,6 +139,21 @@ def device() -> Iterator[Finding]:
     yield Finding("device", state, said, "" if state == "ok" else f"a driver for CUDA {torch.version.cuda}")
     if not at_hand.bf16:
         yield Finding("bfloat16", "warning", "this GPU does not compute in it", "ts-loop init writes float16 recipes")
+
+
+def driver_says() -> str:
+    """What is wrong with NVIDIA's driver; empty where it answers, or where there is none and no GPU of theirs."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            pynvml.nvmlDeviceGetHandleByIndex(index)
+    except pynvml.NVMLError as error:
+        absent = isinstance(error, pynvml.NVMLError_LibraryNotFound | pynvml.NVMLError_DriverNotLoaded)
+        if not absent or list(Path("/dev").glob("nvidia[0-9]*")):
+            return f"NVIDIA's driver does not answer: {error}"
+    return ""
 
 
 def memory() -> Finding:
@@ -194,7 +223,7 @@ def trial(view: View) -> Iterator[Finding]:
             run = loop.prepare(config, recipes, Path(name) / "runs", view)
             loop.go(run, view, told=False)
         except LoopError as error:
-            yield Finding("tools", "failing", str(error).partition("\n")[0], "its words above; the versions first")
+            yield Finding("tools", "failing", str(error).partition("\n")[0], "mend what is failing above first")
             return
         finally:
             view.close()
@@ -234,21 +263,30 @@ def small(folder: Path) -> tuple[LoopConfig, dict[str, Recipe]]:
 
 def scrubbed(text: str, names: Iterable[str] = ()) -> str:
     """A text without paths, the user's name, or `names` of theirs: for a report that others read."""
-    for name in sorted({*names, os.environ.get("USER", ""), platform.node()}, key=len, reverse=True):
+    for name in sorted({*names, Path.home().name, os.environ.get("USER", ""), platform.node()}, key=len, reverse=True):
         if len(name) > 2:
             text = text.replace(name, "…")
-    return PATHS.sub("PATH", text)
+    return PATHS.sub("PATH", QUOTED.sub("…", URLS.sub("URL", text)))
 
 
 def names_of(file: Path | None) -> list[str]:
-    """What a loop.yml calls its checkpoints, prompts, tasks and itself."""
-    if file is None:
-        return []
-    try:
-        config = load(file, {})
-    except LoopError:
-        return []
-    return [config.name, config.instruct, config.thinking, *config.prompts, *config.tasks]
+    """Every text that a loop.yml and its recipes hold."""
+    found: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                walk(inner)
+        elif isinstance(value, str):
+            found.append(value)
+
+    if file:
+        with suppress(LoopError):
+            written = read_yaml(file)
+            walk(written)
+            for name in (written.get("recipes") or {}).values():
+                walk(read_yaml(file.parent / str(name)))
+    return found
 
 
 def stamp() -> str:

@@ -58,6 +58,14 @@ def read_json(path: Path) -> Any:
         raise LoopError(f"{path}: cannot be read ({error}); restore or remove it") from None
 
 
+def read_json_or_none(path: Path) -> Any:
+    """As `read_json`; None for what cannot be read, too."""
+    try:
+        return read_json(path)
+    except LoopError:
+        return None
+
+
 def sync(path: Path) -> None:
     """Have a file's bytes, or a folder's list of names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

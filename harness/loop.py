@@ -20,13 +20,13 @@ from harness import checks, evidence, interpreters, outcomes, report, schedule, 
 from harness.asking import SERVED, TOOLS
 from harness.config import ARMS, LoopConfig, Recipes
 from harness.errors import LoopError, StageError
-from harness.files import below, digest, disk_errors, write_json, write_text
+from harness.files import below, digest, disk_errors, read_json_or_none, write_json, write_text
 from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
 from harness.runner import Runner, ToolError, Usage, devices, has_bf16, start
 from harness.stages import RECIPE, External, Keys, Output, Recipe, Stage, choose, dump, placed, reconstruct
-from harness.store import Known, Store, is_checkpoint, loaded, stamp
+from harness.store import BEGUN, Known, Store, is_checkpoint, loaded, stamp
 from harness.view import View
 
 
@@ -267,7 +267,7 @@ def described(run: Run) -> list[dict[str, Any]]:
 def verify(run: Run, view: View) -> set[str]:
     """Compare the hash of everything that counts as done; returns the keys of what is not what it was."""
     found = set()
-    for key in dict.fromkeys(run.keys[step.stage] for step in run.steps):
+    for key in dict.fromkeys(run.keys[step.stage] for step in run.wanted):
         view.verifying(key)
         if damaged := run.store.damaged(key):
             view.say(f"{key}: {', '.join(damaged)} changed since it was made; it is done again")
@@ -318,14 +318,16 @@ def perform(run: Run, runner: Runner, view: View, key: str, environment: dict[st
                 view.elsewhere(key)
                 return False
             if not run.store.record(key) or run.store.lacks(key):  # else another run has done it meanwhile
+                anew = key in run.again
                 for tries in range(run.config.retries, -1, -1):
                     try:
-                        make(run, runner, view, stage, folder, environment)
+                        make(run, runner, view, stage, folder, environment, anew)
                         break
                     except ToolError as error:
                         if not tries or runner.stopped:
                             raise
                         view.say(f"{error}\ntried again; {tries - 1} more times at most")
+                        anew = False  # from where this try was
         return True
     except StageError:
         raise
@@ -335,8 +337,13 @@ def perform(run: Run, runner: Runner, view: View, key: str, environment: dict[st
         raise StageError(f"{key}: {type(error).__name__}: {error}") from error
 
 
-def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, environment: dict[str, str]) -> None:
+def make(
+    run: Run, runner: Runner, view: View, stage: Stage, folder: Path, environment: dict[str, str], anew: bool
+) -> None:
     """Do one stage in its folder, which is this process's alone, and mark it done.
+
+    It goes on from what an earlier try left, unless it is to be done `anew`, or that try read other files than there
+    are now: a stage that was made again has the same key and may have come out another way.
 
     Raises:
         StageError: if a command fails, leaves no weights where it was to, or what the run reads was written to.
@@ -345,11 +352,14 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
     unchanged(run)
     begun, limit = time.monotonic(), run.config.limits.get(stage.kind.limited_as or stage.kind.name)  # type: ignore[call-overload]
     sound(run, stage)
-    done = [] if key in run.again else stage.kind.resumes(run.store.folder(key))
+    reads = {name: run.store.mark(run.keys[s.stage]) for name, s in stage.inputs.items() if isinstance(s, Output)}
+    alike = not anew and read_json_or_none(folder / BEGUN) == reads
+    done = stage.kind.resumes(folder) if alike else []
     run.store.clear(key, done)
     if done:
         view.resumed(key, stage)
     with disk_errors(folder):
+        write_json(folder / BEGUN, reads, durable=True)
         paths = write_recipes(run, stage)
         log = folder / "log.txt"
         used: list[Usage] = []
@@ -362,9 +372,10 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
             used.append(runner.run(command, environment, log, run.store.hold(key), told, within))
         for source, target in stage.renames:
             (folder / source).rename(folder / target)
-        for pattern in stage.scratch:
-            for left in folder.glob(pattern):
-                shutil.rmtree(left)
+        scratch = {left for pattern in stage.scratch for left in folder.glob(pattern)}
+        # What a next try would go on from stays until this one is marked done.
+        last = [folder / BEGUN, *(left for left in stage.kind.resumes(folder) if left in scratch)]
+        remove(scratch.difference(last))
         inside = stage.kind.checkpoint
         if inside and not any((folder / inside).glob("*.safetensors")):
             raise StageError(f"{key}: its commands ended well and left no weights in {folder / inside}\nsee {log}")
@@ -386,7 +397,15 @@ def make(run: Run, runner: Runner, view: View, stage: Stage, folder: Path, envir
             "environment": environment,
             "facts": facts,
         },
+        but=last,
     )
+    remove(last)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Take files and folders away."""
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sound(run: Run, stage: Stage) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import asking
 from harness.errors import LoopError
 from harness.files import below, read_json
 from harness.rundir import RunDir, place_of
-from harness.store import Store
+from harness.stages import distill
+from harness.store import BEGUN, Store
 from harness.view import clock, of_first
 
 
@@ -103,6 +105,10 @@ def log_of(out: Path, name: str | None, stage: str | None) -> Path:
     return max(there)[2]
 
 
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else below(path)))
+
+
 def collect(out: Path, keep: str, dry_run: bool = False) -> list[tuple[str, int]]:
     """Take away what no run refers to; of what is referred to, the checkpoints that `keep` does not name.
 
@@ -138,6 +144,16 @@ def collect(out: Path, keep: str, dry_run: bool = False) -> list[tuple[str, int]
         if store.busy(key):
             continue
         record = store.record(key)
+        begun = [*asking.resumes(folder), *distill.resumes(folder)] if key in referred and record is None else []
+        if begun:  # a run that was stopped goes on from these
+            rest = sum(path.stat().st_size for path in below(folder)) - sum(_size(path) for path in begun)
+            if not dry_run:
+                with store.writing(key) as mine:
+                    if mine is None:
+                        continue
+                    store.clear(key, [*begun, folder / BEGUN])
+            gone.append((f"{key}: what it does not go on from", rest))
+            continue
         if key not in referred or record is None:
             size = sum(path.stat().st_size for path in below(folder)) if dry_run else store.remove(key)
             gone.append((f"{key}: {'not referred to by any run' if key not in referred else 'never finished'}", size))

@@ -32,6 +32,7 @@ from harness.files import below, digest, disk_errors, read_json, sync, write_jso
 from thinkswitch_plugin.tah.args import LOADER
 
 MARKER = "stage.json"
+BEGUN = "begun.json"  # while it is not done: what it began to read, by the marks of who left that
 # What a loader reads of a checkpoint's folder: a note beside the weights, or a desktop's droppings, change nothing.
 READ = ("*.json", "*.safetensors", "*.jinja", "*.model", "vocab.txt", "merges.txt", LOADER)
 OnHash = Callable[[str, int, int], None]  # file name, bytes done, bytes in all
@@ -127,12 +128,19 @@ class Store:
         """Whether a process works on a stage now."""
         return held(self.root / ".locks" / f"{key}.lock", fcntl.LOCK_SH)
 
-    def finish(self, key: str, facts: dict[str, Any]) -> None:
-        """Mark a stage done: all it left is hashed and on the disk before the marker is."""
+    def mark(self, key: str) -> str | None:
+        """The hash of a stage's marker, which another making of the same stage has not; None where it is not done."""
+        file = self.folder(key) / MARKER
+        return digest(file) if file.is_file() else None
+
+    def finish(self, key: str, facts: dict[str, Any], but: Iterable[Path] = ()) -> None:
+        """Mark a stage done: all it left `but` these is hashed and on the disk before the marker is."""
         folder = self.folder(key)
         with disk_errors(folder):
-            outputs = {}
+            outputs, left_out = {}, set(but)
             for path in below(folder):
+                if left_out.intersection([path, *path.parents]):
+                    continue
                 outputs[str(path.relative_to(folder))] = (path.stat().st_size, digest(path))
                 sync(path)
             for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:

@@ -150,6 +150,8 @@ class Trackers:
             mine = had.get(name, {})
             if name == "tensorboard":  # somebody may have taken its files away
                 mine = {line: noted for line, noted in mine.items() if (self.folder / name / line).is_dir()}
+            # Of what was being told when it was stopped nobody knows how much is there: that line begins anew.
+            mine = {line: noted for line, noted in mine.items() if not noted.get("telling")}
             now = {line: _added(mine.get(line), points, name == "tensorboard") for line, points in every.items()}
             news = {line: found for line, found in now.items() if found[1]}
             if not news:
@@ -162,11 +164,11 @@ class Trackers:
                 for told_of in lines:  # each noted by itself: what was told of one is not told again if the next fails
                     line, run = str(told_of["line"]), told_of["run"]
                     before = {} if told_of["anew"] else mine.get(line, {}).get("points", {})
+                    had.setdefault(name, {})[line] = {"run": run, "points": before, "telling": True}
+                    write_json(file, had)
                     if name == "tensorboard":
                         tensorboard(self.folder / "tensorboard", [told_of])
                     else:
-                        had.setdefault(name, {})[line] = {"run": run, "points": before}
-                        write_json(file, had)  # so that a next try finds the run that this one began
                         self._apart(name, [told_of])
                     had.setdefault(name, {})[line] = {"run": run, "points": _both(before, every[line])}
                     write_json(file, had)

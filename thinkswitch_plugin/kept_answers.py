@@ -6,8 +6,9 @@ lm-eval writes nothing before the last question is answered, and its own cache k
 any that were sampled. Here questions are answered a batch after another, in lm-eval's own order and of its size; what
 came of one is on the disk before the next begins, in a file beside the recipe, and each has random numbers of its own.
 So it ends in the same answers, however often it was stopped. Of engines with a batch of their own (vLLM, SGLang, a
-server), whose random numbers are theirs, what is kept stays as it is and the rest is drawn anew. At the end the file is
-taken away.
+server), whose random numbers are theirs, what is kept stays as it is and the rest is drawn anew: they get twice as many
+questions as they answer at a time. At the end the file is taken away, unless `--keep` leaves that to whoever knows that
+what lm-eval wrote is whole: of a full disk it says nothing.
 
 Knows lm-eval's registry and what it asks of a model.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import yaml
 
 AT_ONCE = 32  # questions that an engine with a batch of its own gets, where nobody says how many it answers at a time
-QUEUED = 4  # requests for each that it answers at a time: the last of them leave it idle
+QUEUED = 2  # requests for each that it answers at a time: the last of them leave it idle, and all are lost at a stop
 SLOTS = ("max_num_seqs", "max_running_requests", "num_concurrent")  # what lm-eval's model_args call those
 SUFFIX = ".answered.jsonl"  # of the file, after the recipe's name and the process's number
 
@@ -102,6 +103,7 @@ def keeping(model: type, file: Path, seed: Any, what: str, at_once: int = AT_ONC
 
             order = Collator(requests, longest_first, lambda request: request.args[1], "gen_kwargs")
             answers: list[str] = []
+            whole = True  # so far
             hidden = disable_tqdm or self.rank != 0
             with tqdm(total=len(requests), desc="Running generate_until requests", disable=hidden) as bar:
                 for number, batch in enumerate(order.get_batched(n=size)):
@@ -111,7 +113,8 @@ def keeping(model: type, file: Path, seed: Any, what: str, at_once: int = AT_ONC
                         digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
                         set_seed(int.from_bytes(digest[:4], "big"))
                         found = super().generate_until(batch, disable_tqdm=True)
-                        kept.keep(asked, found)
+                        if whole := whole and None not in found:  # a server may give none; that is to be asked again
+                            kept.keep(asked, found)
                     answers += found
                     bar.update(len(batch))
             back: list[str] = order.get_original(answers)
@@ -127,7 +130,9 @@ def main() -> None:
         description="lm_eval run --config RECIPE, which goes on where it was stopped.",
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="an lm-eval config")
-    recipe: Path = parser.parse_args().recipe
+    parser.add_argument("--keep", action="store_true", help="leave the answers that were kept where they are")
+    asked = parser.parse_args()
+    recipe: Path = asked.recipe
     try:
         text = recipe.read_text(encoding="utf-8")
         settings = yaml.safe_load(text)
@@ -136,15 +141,17 @@ def main() -> None:
         raise SystemExit(f"{recipe}: cannot be read: {' '.join(str(error).split())}") from None
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import get_model, register_model
+    from lm_eval.utils import simple_parse_args_string
 
     kept = f"{name}-kept"
     arguments = settings.get("model_args") or {}
+    arguments = simple_parse_args_string(arguments) if isinstance(arguments, str) else arguments
     slots = max((int(arguments[key]) for key in SLOTS if arguments.get(key)), default=0)
     at_once = QUEUED * slots or AT_ONCE
     register_model(kept)(keeping(get_model(name), recipe.with_suffix(""), settings.get("seed"), text, at_once))
     sys.argv = ["lm_eval", "run", "--config", str(recipe), "--model", kept]
     cli_evaluate()
-    for file in recipe.parent.glob(f"{recipe.stem}.*{SUFFIX}"):
+    for file in [] if asked.keep else recipe.parent.glob(f"{recipe.stem}.*{SUFFIX}"):
         file.unlink(missing_ok=True)  # another process of the same run may have been quicker
 
 

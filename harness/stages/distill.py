@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import re
 import shlex
+import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from harness.asking import ANSWERS, DATE
 from harness.errors import LoopError
-from harness.files import read_json
+from harness.files import read_json, read_json_or_none
 from harness.stages import OWN, RECIPE, External, Facts, Kind, Output, Recipe, Source, Stage, slot
 from thinkswitch_plugin.on_policy_kl import report as on_policy_kl
 from thinkswitch_plugin.trace_stripping import report as trace_stripping
@@ -98,7 +98,9 @@ def build(
     resolved["output_dir"] = f"{OWN}/{ADAPTER if adapter else CHECKPOINT}"
     resolved["dataset_prepared_path"] = f"{OWN}/prepared"
     resolved["seed"] = seed
-    ours = bool(adapter) and resolved.get("save_strategy") == "no"  # of a whole checkpoint each is four times its size
+    own = ("save_steps", "saves_per_epoch")
+    said = resolved.get("save_strategy") not in (None, "no") or any(resolved.get(key) for key in own)
+    ours = bool(adapter) and not said  # of a whole checkpoint each is four times its size
     if ours:
         resolved |= SAVED
     resolved["auto_resume_from_checkpoints"] = True
@@ -128,13 +130,28 @@ def untouched(recipe: Recipe) -> Recipe:
 
 
 def resumes(folder: Path) -> list[Path]:
-    """The trainer's checkpoints that are whole: its state is what it writes last."""
-    found = []
-    for state in folder.glob("*/checkpoint-*/trainer_state.json"):
-        with suppress(LoopError):
-            if read_json(state):
-                found.append(state.parent)
-    return found
+    """The trainer's checkpoints that are whole, as far as looks tell: each file of theirs opens, and none is missing.
+
+    A machine that loses power may have the names of files and not what is in them; a training that went on without its
+    optimizer would begin its schedule anew.
+    """
+    states = folder.glob("*/checkpoint-*/trainer_state.json")
+    return [state.parent for state in states if read_json_or_none(state) and _opens(state.parent)]
+
+
+def _opens(checkpoint: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    weights, rest = list(checkpoint.glob("*.safetensors")), [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    try:
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, SafetensorError):
+        return False
+    named = {file.name for file in rest}
+    whole = {"optimizer.pt", "scheduler.pt"} <= named and any(name.startswith("rng_state") for name in named)
+    return bool(weights) and whole and all(zipfile.is_zipfile(file) for file in rest)
 
 
 def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:

@@ -59,7 +59,7 @@ def build(
         inputs,
         files=files,
         tasks={task.name: task.definition for task in tasks},
-        scratch=(NF4_COPY,),
+        scratch=(NF4_COPY, asking.KEPT_ANSWERS),
         device=asking.device_of(resolved),
         wide=asking.is_wide(resolved),
         versions=interpreter.versions if interpreter else None,

@@ -83,7 +83,7 @@ def test_settings_that_are_off_are_left_alone() -> None:
 
 def test_the_commands_are_what_a_person_would_type() -> None:
     resolved, _ = recipe_for(RECIPE, Settings(7), ["mine"], CAME)
-    ask = ("python", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml")
+    ask = ("python", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml", "--keep")
     assert commands_for(resolved, nf4=False) == [ask]
     assert resolved["model_args"]["pretrained"] == "<<checkpoint>>"
     assert commands_for(resolved, nf4=True) == [("axolotl", "nf4", "<<checkpoint>>", "<<stage>>/nf4"), ask]

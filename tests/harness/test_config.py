@@ -303,6 +303,16 @@ def test_a_value_that_is_no_yaml(tmp_path: Path, change: str) -> None:
     assert str(caught.value).startswith(f"--set {change}: ")
 
 
+@pytest.mark.parametrize("url", ["https://me:word@host/v1", "http://token@host", "postgres://a:b@c"])
+def test_a_password_in_a_url_is_refused_and_not_said(tmp_path: Path, url: str) -> None:
+    config = load(with_recipes(tmp_path), {})
+    (tmp_path / "evaluate.yml").write_text(yaml.safe_dump({"model_args": {"base_url": url}}))
+    for changes in ([], [f"generate.model_args.base_url={url}"]):
+        with pytest.raises(LoopError, match="has a user or password in its URL") as caught:
+            read_recipes(config, changes)
+        assert url not in str(caught.value)
+
+
 # --- --set, of a recipe ---
 
 

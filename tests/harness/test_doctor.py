@@ -49,6 +49,7 @@ def test_a_gpu_wants_its_torch_and_its_driver(
 
     monkeypatch.setattr(doctor, "version", lambda name: torch)
     monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr(doctor, "driver_says", lambda: "")
     monkeypatch.setattr(doctor.card, "at_hand", lambda: Card("one GPU", int(8e9), True, False))
     monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "570.1")
     monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion", lambda: driver)
@@ -96,13 +97,45 @@ def test_a_full_disk_is_a_warning(tmp_path: Path) -> None:
 @given(st.lists(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,12}", fullmatch=True), min_size=1, max_size=5))
 def test_a_report_has_no_path(parts: list[str]) -> None:
     for path in ("/" + "/".join(parts), "~/" + "/".join(parts)):
-        assert scrubbed(f"{path}: no such file ({path}, '{path}')") == "PATH: no such file (PATH, 'PATH')"
+        assert scrubbed(f"{path}: no such file ({path}, '{path}')") == "PATH: no such file (PATH, …)"
 
 
 def test_a_report_names_nobody() -> None:
     said = f"{getpass.getuser()}xyz/model and secret-task" if len(getpass.getuser()) > 2 else "secret-task"
     assert "secret-task" not in scrubbed(said, ["secret-task"])
-    assert scrubbed("3 of 5 stages; 1/2 of 24 GB, torch 2.13.0+cpu") == "3 of 5 stages; 1/2 of 24 GB, torch 2.13.0+cpu"
+    assert scrubbed("3 of 5 stages; 24 GB, torch 2.13.0+cpu") == "3 of 5 stages; 24 GB, torch 2.13.0+cpu"
+    told = scrubbed("t: wrong (got 'acme/secret-4b'); see https://bob:hunter2@host/x and data/acme.jsonl")
+    assert told == "t: wrong (got …); see URL and PATH"
+
+
+def test_a_driver_that_does_not_answer_is_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    def refuses() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", refuses)
+    (found,) = doctor.device()
+    assert found.state == "failing"
+    assert "does not answer" in found.said
+
+
+def test_what_cannot_be_looked_at_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def breaks() -> None:
+        raise RuntimeError("broken install")
+
+    for name in ("packages", "device", "memory", "hub"):
+        monkeypatch.setattr(doctor, name, breaks)
+    monkeypatch.setattr(doctor, "trial", lambda view: iter([]))
+    found = list(doctor.look(None, tmp_path, View(quiet=True)))
+    assert [one.state for one in found] == ["failing"] * 4 + [found[4].state]
+    assert found[0].said == "RuntimeError: broken install"
+
+
+def test_every_name_of_a_loop_is_known_even_if_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop.yml").write_text("instruct: acme/secret-4b\nt: 7\nrecipes: {generate: g.yml}\n")
+    (tmp_path / "g.yml").write_text("tasks: [acme_task]\n")
+    assert {"acme/secret-4b", "acme_task", "g.yml"} <= set(doctor.names_of(tmp_path / "loop.yml"))
 
 
 @pytest.mark.slow

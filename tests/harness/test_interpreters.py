@@ -158,7 +158,8 @@ def test_what_asks_is_in_the_key_and_where_it_lies_is_not(other: Path) -> None:
         found = look(other, WHERE, asking.TOOLS, OWN)
         moved = type(found)(path, found.python, {**found.versions, **changed})
         stage = generate.build({"model": "hf"}, asking.Settings(7), [task], came, None, moved)
-        assert stage.commands == (("<<python>>", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml"),)
+        kept = ("-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml", "--keep")
+        assert stage.commands == (("<<python>>", *kept),)
         assert stage.inputs["python"] == External(path, f"python {found.python}")
         return Keys({"torch": "not this one's"})[stage]
 

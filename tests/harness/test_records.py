@@ -174,6 +174,19 @@ def test_a_stage_of_a_run_that_never_finished_goes_too(out: Path, store: Store) 
     assert store.every() == []
 
 
+def test_of_a_stage_that_never_finished_stays_what_it_goes_on_from(out: Path, store: Store) -> None:
+    folder = store.clear("generate-01")
+    (folder / "recipe.0.answered.jsonl").write_text("kept")
+    (folder / "begun.json").write_text("{}")
+    (folder / "log.txt").write_text("so far")
+    noted(out, "mini", step(1, "generate", "generate-01"))
+    said = [("generate-01: what it does not go on from", 8)]
+    assert collect(out, "last", dry_run=True) == said
+    assert (folder / "log.txt").exists()
+    assert collect(out, "last") == said
+    assert sorted(path.name for path in folder.iterdir()) == ["begun.json", "recipe.0.answered.jsonl"]
+
+
 def test_only_the_last_iteration_of_each_run_keeps_its_checkpoint(
     out: Path, store: Store, full: dict[str, Path]
 ) -> None:

@@ -300,7 +300,7 @@ def test_generate_asks_the_thinking_checkpoint_the_prompts_without_reading_an_an
         key: ASK[key] for key in ("model", "batch_size", "gen_kwargs", "metadata")
     }
     assert stage.inputs == {"checkpoint": THINKING}
-    assert stage.commands == (("python", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml"),)
+    assert stage.commands == (("python", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml", "--keep"),)
     assert stage.tasks == {t.name: t.definition for t in PROMPTS}
     assert stage.files == {}
 
@@ -344,7 +344,7 @@ def test_nf4_answers_with_a_copy_that_does_not_stay() -> None:
         assert stage.commands[0] == ("axolotl", "nf4", "<<checkpoint>>", "<<stage>>/nf4")
         assert stage.commands[1][2] == "thinkswitch_plugin.kept_answers"
         assert stage.recipes["recipe.yml"]["model_args"] == {"pretrained": "<<stage>>/nf4", "dtype": "float32"}
-        assert stage.scratch == ("nf4",)
+        assert stage.scratch == ("nf4", "*.answered.jsonl")
         assert stage.inputs["checkpoint"] == THINKING
 
 
@@ -475,7 +475,7 @@ def test_an_adapter_is_trained_merged_and_becomes_the_checkpoint() -> None:
     )
     assert stage.renames == (("adapter/merged", "instruct"),)
     assert stage.kind.checkpoint == "instruct"
-    assert stage.scratch == ("prepared",)
+    assert stage.scratch == ("prepared", "adapter/checkpoint-*")
 
 
 def test_a_training_can_go_on_where_it_was_stopped(tmp_path: Path) -> None:
@@ -487,15 +487,36 @@ def test_a_training_can_go_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert own.recipes["recipe.yml"]["save_strategy"] == "epoch"
     assert own.scratch == ("prepared",)  # who asked for checkpoints keeps them
     assert built({**TRAIN, "adapter": None, "save_strategy": "no"}).recipes["recipe.yml"]["save_strategy"] == "no"
-    for name, state in (
-        ("checkpoint-10", '{"global_step": 10}'),
-        ("checkpoint-20", '{"global_'),
-        ("checkpoint-30", ""),
-    ):
-        (tmp_path / "adapter" / name).mkdir(parents=True)
-        (tmp_path / "adapter" / name / "trainer_state.json").write_text(state)
-    (tmp_path / "adapter/checkpoint-40").mkdir()
-    assert distill.resumes(tmp_path) == [tmp_path / "adapter/checkpoint-10"]
+    assert built({**TRAIN, "save_steps": 7}).recipes["recipe.yml"]["save_steps"] == 7
+
+
+def spoilt(whole: Path, how: str) -> None:
+    """Harm one thing of a trainer's checkpoint."""
+    file, _, what = how.partition(" ")
+    content = (whole / file).read_bytes()
+    (whole / file).unlink() if what == "is gone" else (whole / file).write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("", "trainer_state.json is cut", "trainer_state.json is gone", "optimizer.pt is gone", "optimizer.pt is cut"),
+        *("scheduler.pt is gone", "rng_state.pth is cut", "rng_state.pth is gone", "adapter_model.safetensors is cut"),
+    ],
+)
+def test_a_training_goes_on_from_a_checkpoint_that_is_whole(tmp_path: Path, how: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    whole = tmp_path / "adapter/checkpoint-10"
+    whole.mkdir(parents=True)
+    (whole / "trainer_state.json").write_text('{"global_step": 10}')
+    save_file({"w": torch.ones(9)}, whole / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"x": torch.ones(100)}, whole / name)
+    if how:
+        spoilt(whole, how)
+    assert distill.resumes(tmp_path) == ([] if how else [whole])
 
 
 @pytest.mark.parametrize("adapter", [None, ""])
@@ -725,7 +746,7 @@ def test_evaluate_asks_the_tests_and_grades_what_lm_eval_cannot() -> None:
     assert "predict_only" not in stage.recipes["recipe.yml"]
     assert "trust_remote_code" not in stage.recipes["recipe.yml"]["model_args"]
     asked, graded = stage.commands
-    assert asked == ("python", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml")
+    assert asked == ("python", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml", "--keep")
     assert graded[:3] == ("python", "-m", "harness.grading")
     assert graded[-2:] == ("theirs", "often")
     assert graded[3:-2] == ("<<stage>>/answers", "--recipe", "<<stage>>/recipe.yml", "--out", "<<stage>>/graded.jsonl")

@@ -94,6 +94,26 @@ def test_tensorboard_has_each_point_once_however_often_it_is_told(make: Any, tmp
     assert read.PluginTagToContent("hparams").keys() == {"_hparams_/session_start_info"}
 
 
+def test_one_that_was_stopped_while_it_was_told_has_each_point_once(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The events are written and the note of them is not: the disk is full, or somebody pulls the plug."""
+    points = trackers.figures(ROWS, 0.0, None)
+    mine, _ = make("tensorboard")
+
+    def stops(*_: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers, "_both", stops)
+        with pytest.raises(KeyboardInterrupt):
+            mine.write(points, at_end=True)
+    folder = tmp_path / "tensorboard" / LINE
+    assert scalars(folder, ACCURACY) == [(0, 0.3), (1, 0.5), (2, 0.6)]
+    make("tensorboard")[0].write(points, at_end=True)
+    assert scalars(folder, ACCURACY) == [(0, 0.3), (1, 0.5), (2, 0.6)]
+
+
 def test_a_run_whose_figures_changed_begins_anew(make: Any, tmp_path: Path) -> None:
     make("tensorboard")[0].write(trackers.figures(ROWS, 60.0, None), at_end=True)
     changed = [{**one, "accuracy": 0.9} if one["iteration"] == 1 else one for one in ROWS]
