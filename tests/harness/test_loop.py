@@ -199,6 +199,7 @@ def test_a_run_s_figures_are_tensorboard_s_too(copied: tuple[Path, Path], runner
     assert read() == first
 
 
+@pytest.mark.slow
 def test_what_t_is_chosen_by_is_published_as_no_score(
     copied: tuple[Path, Path], runner: LocalRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,6 +567,7 @@ def test_a_failed_stage_ends_the_run_and_costs_nothing_already_done(
     assert len(again.results["rows"]) == 4
 
 
+@pytest.mark.slow
 def test_labels_none_of_which_closed_end_the_run_and_more_tokens_mend_it(
     copied: tuple[Path, Path], runner: LocalRunner
 ) -> None:

@@ -116,6 +116,7 @@ def test_answers_to_others_are_none(lines: Path) -> None:
     assert len(lines.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_the_command_leaves_what_lm_eval_leaves(recipes: Path, tool: Any, tmp_path: Path) -> None:
     found = []
     for name, command in (
