@@ -10,14 +10,13 @@ import ast
 import errno
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError
-from harness.files import read_json
+from harness.files import free_disk, read_json
 from harness.store import READ
 from harness.tasks import Task
 from thinkswitch_plugin.prompts import conversation, read_prompts
@@ -67,17 +66,22 @@ def described_checkpoint(name: str, role: str) -> Path:
     return Path(name) if Path(name).is_dir() else _from_hub(name, role, DESCRIBING)
 
 
-def _from_hub(name: str, role: str, files: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
+def is_hub_id(name: str) -> bool:
+    """Whether the hub can have a model of a name: owner/name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    repository, _, revision = name.partition("@")
     try:
-        validate_repo_id(repository)
-        on_hub = repository.count("/") == 1
+        validate_repo_id(name)
     except HFValidationError:
-        on_hub = False
-    if not on_hub:
+        return False
+    return name.count("/") == 1
+
+
+def _from_hub(name: str, role: str, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    if not is_hub_id(repository):
         raise LoopError(f"--{role} {name}: no such folder, and not a hub id (owner/name or owner/name@revision) either")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
@@ -397,8 +401,7 @@ def check_disk(root: Path, checkpoint: Path, checkpoints: int) -> None:
     """
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     needed = int(weights * (checkpoints + 1) * 1.05) if checkpoints else 0
-    place = next(folder for folder in (root, *root.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    place, free = free_disk(root)
     if free < needed:
         raise LoopError(
             f"no disk space: {checkpoints} checkpoints need {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB"

@@ -31,6 +31,7 @@ from harness import outcomes
 from harness.asking import after_trace, asked_tasks, opened_trace, samples, texts
 from harness.errors import LoopError
 from harness.files import read_json, write_json
+from harness.grading import manager_of
 from harness.stats import mean
 from harness.store import loaded
 from thinkswitch_plugin.trace_stripping import split_trace
@@ -197,11 +198,8 @@ def filtered(
 ) -> list[list[str | None]]:
     """Answers as a task's first filter reads them; as they are where it finds nothing in them."""
     from lm_eval.api.instance import Instance
-    from lm_eval.tasks import TaskManager
 
-    metadata = {**(recipe.get("model_args") or {}), **(recipe.get("metadata") or {})}  # as lm-eval puts them together
-    manager = TaskManager(include_path=recipe.get("include_path"), metadata=metadata)
-    (first, *_) = manager.load_task_or_group(name)[name]._filters
+    (first, *_) = manager_of(recipe).load_task_or_group(name)[name]._filters
     places = [(i, j) for i, each in enumerate(answers) for j, text in enumerate(each) if text is not None]
     # As often as the prompt was asked: a filter that takes the first k or a vote finds k that agree.
     instances = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +22,11 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 
-from harness import card, checks, loop, own
+from harness import card, loop, own
 from harness.config import LoopConfig, load, read_recipes, read_yaml, recipes_folder
 from harness.errors import LoopError
-from harness.runner import has_accelerator, nvml_handles
+from harness.files import free_disk
+from harness.runner import has_accelerator, opened_gpus
 from harness.stages import Recipe
 from harness.view import View
 
@@ -131,7 +131,6 @@ def device() -> Iterator[Finding]:
     import pynvml
     import torch
 
-    nvml_handles()  # which opens the driver
     driver, cuda = pynvml.nvmlSystemGetDriverVersion(), int(pynvml.nvmlSystemGetCudaDriverVersion())
     knows, needs = (cuda // 1000, cuda % 1000 // 10), tuple(map(int, (torch.version.cuda or "0.0").split(".")))
     said = f"{at_hand.name}, {at_hand.memory / 1e9:.1f} GB, driver {driver} (CUDA {knows[0]}.{knows[1]}), torch {built}"
@@ -146,9 +145,7 @@ def driver_says() -> str:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            pynvml.nvmlDeviceGetHandleByIndex(index)
+        opened_gpus()
     except pynvml.NVMLError as error:
         absent = isinstance(error, pynvml.NVMLError_LibraryNotFound | pynvml.NVMLError_DriverNotLoaded)
         if not absent or list(Path("/dev").glob("nvidia[0-9]*")):
@@ -166,8 +163,7 @@ def memory() -> Finding:
 
 def disk(out: Path, needed: float = ROOM) -> Finding:
     """Room where runs go."""
-    place = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    _, free = free_disk(out)
     said = f"{free / 1e9:.1f} GB free where runs go"
     return Finding(
         "disk", "ok" if free >= needed else "warning", said, "" if free >= needed else "another disk by --out"
@@ -205,10 +201,8 @@ def asked(file: Path, out: Path, view: View) -> Iterator[Finding]:
         recipes = read_recipes(config)
         run = loop.prepare(config, recipes, out, view)
         todo = loop.pending(run)
-        kinds = {stage.kind.name: stage.recipes.get("recipe.yml", {}) for stage in todo.values()}
-        checks.check_accelerator(kinds, has_accelerator(), not has_accelerator() or at_hand().bf16)
+        loop.check_machine(run, todo)
         yield Finding("loop.yml", "ok", f"{len(run.steps)} stages, {len(todo)} of them to be run")
-        checks.check_disk(run.store.root, run.pair["thinking"], loop.checkpoints_of(todo.values()))
         yield disk(out, 0)
     except LoopError as error:
         first, _, mend = str(error).partition("\n")

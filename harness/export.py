@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import model_card
+from harness.checks import is_hub_id
 from harness.config import ARMS, SECRET
 from harness.errors import LoopError, StageError
 from harness.files import below, digest, disk_errors, write_json, write_text
@@ -387,14 +388,7 @@ def check_push(name: str) -> None:
     Raises:
         LoopError: it is not.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-        fits = name.count("/") == 1
-    except HFValidationError:
-        fits = False
-    if not fits:
+    if not is_hub_id(name):
         raise LoopError(f"--push {name}: write ORG/NAME, as the hub calls it")
 
 

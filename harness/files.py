@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,6 +90,12 @@ def digest(path: Path, on_piece: Callable[[int], None] = lambda done: None) -> s
 def below(folder: Path) -> list[Path]:
     """Every file below a folder, in order."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def free_disk(place: Path) -> tuple[Path, int]:
+    """The folder, which is there, that something at `place` would lie in, and the bytes that are free there."""
+    there = next(folder for folder in (place, *place.resolve().parents) if folder.exists())
+    return there, shutil.disk_usage(there).free
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,14 @@ def without_trace(text: str, row: dict[str, Any]) -> str:
     return after_trace(text, split_trace(text, opened_trace(row)))
 
 
+def manager_of(recipe: Mapping[str, Any]) -> Any:
+    """lm-eval's tasks as they were when a recipe asked them."""
+    from lm_eval.tasks import TaskManager
+
+    metadata = {**(recipe.get("model_args") or {}), **(recipe.get("metadata") or {})}  # as lm-eval puts them together
+    return TaskManager(include_path=recipe.get("include_path"), metadata=metadata)
+
+
 def grade_all(folder: Path, recipe: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     """Score every answer to the questions of these tasks, which were asked as a recipe says.
 
@@ -119,10 +128,7 @@ def grade_all(folder: Path, recipe: dict[str, Any], names: list[str]) -> list[di
         StageError: if the answers are missing or not whole.
         LoopError: if lm-eval knows no such task.
     """
-    from lm_eval.tasks import TaskManager
-
-    metadata = {**(recipe.get("model_args") or {}), **(recipe.get("metadata") or {})}  # as lm-eval puts them together
-    manager = TaskManager(include_path=recipe.get("include_path"), metadata=metadata)
+    manager = manager_of(recipe)
     counts = asked_tasks(folder)
     lines = []
     for name in names:

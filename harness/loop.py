@@ -222,11 +222,11 @@ def check_pair(config: LoopConfig) -> tuple[dict[str, Path], dict[str, str]]:
         LoopError: if they do not fit each other or the run.
     """
     pair, names = {}, {}
-    # Before 16 GB are fetched.
-    described = [checks.described_checkpoint(getattr(config, role), role) for role in ("instruct", "thinking")]
-    checks.check_described(*described)
+    asked = {"instruct": config.instruct, "thinking": config.thinking}
+    if not all(Path(name).is_dir() for name in asked.values()):  # before 16 GB are fetched
+        checks.check_described(*(checks.described_checkpoint(name, role) for role, name in asked.items()))
     for role in ("instruct", "thinking"):
-        pair[role], names[role] = checks.local_checkpoint(getattr(config, role), role)
+        pair[role], names[role] = checks.local_checkpoint(asked[role], role)
         checks.check_checkpoint(pair[role], role)
     for role, folder in pair.items():
         if checks.is_tah(folder):
@@ -472,17 +472,23 @@ def go(run: Run, view: View, runner: Runner | None = None, told: bool = True) ->
         return results
 
 
-def checkpoints_of(stages: Iterable[Stage]) -> int:
-    """How many checkpoints stages write; what is chosen of several t is there already."""
-    return sum(stage.kind.checkpoint is not None and stage.kind is not choose.KIND for stage in stages)
+def check_machine(run: Run, todo: Mapping[str, Stage]) -> None:
+    """See that what is still to do can be done here: by the device there is, and with the room for its checkpoints.
+
+    Raises:
+        LoopError: with what is missing.
+    """
+    asked = {stage.kind.name: stage.recipes.get(RECIPE, {}) for stage in todo.values()}
+    checks.check_accelerator(asked, bool(devices()), has_bf16())
+    # What is chosen of several t is there already.
+    written = sum(bool(stage.kind.checkpoint) and stage.kind is not choose.KIND for stage in todo.values())
+    checks.check_disk(run.store.root, run.pair["thinking"], written)
 
 
 def _carried_out(run: Run, view: View, runner: Runner | None) -> Published:
     todo = pending(run)
     if todo:
-        asked = {stage.kind.name: stage.recipes.get(RECIPE, {}) for stage in todo.values()}
-        checks.check_accelerator(asked, bool(devices()), has_bf16())
-        checks.check_disk(run.store.root, run.pair["thinking"], checkpoints_of(todo.values()))
+        check_machine(run, todo)
     settings = run.config.model_dump(mode="json")
     for key in run.again:
         run.store.forget(key)

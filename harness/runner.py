@@ -334,14 +334,21 @@ def devices() -> list[str]:
 
 
 def nvml_handles() -> list[Any]:
-    """NVML's handle of each GPU; none without a driver."""
+    """NVML's handle of each GPU; none without a driver that answers."""
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return opened_gpus()
     except pynvml.NVMLError:
         return []
+
+
+def opened_gpus() -> list[Any]:
+    """NVML's handle of each GPU, which opens the driver; raises what NVML does."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
 
 
 def has_bf16() -> bool:

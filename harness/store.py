@@ -27,8 +27,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harness.errors import LoopError, StageError
-from harness.files import below, digest, disk_errors, read_json, sync, write_json
+from harness.errors import StageError
+from harness.files import below, digest, disk_errors, read_json_or_none, sync, write_json
 from thinkswitch_plugin.tah.args import LOADER
 
 MARKER = "stage.json"
@@ -65,10 +65,7 @@ class Store:
 
     def _marked(self, key: str) -> dict[str, Any] | None:
         """What a stage's marker says; half a marker, or one that was written to, marks nothing."""
-        try:
-            record: dict[str, Any] | None = read_json(self.folder(key) / MARKER)
-        except LoopError:
-            return None
+        record: Any = read_json_or_none(self.folder(key) / MARKER)
         if not isinstance(record, dict) or record.get("key") != key:
             return None
         return record if record.pop("digest", None) == _digest_of(record) else None
@@ -186,10 +183,7 @@ class Known:
     def __init__(self, file: Path, on_hash: OnHash | None = None):
         """`file` keeps them; `on_hash` is told of every piece read."""
         self.file, self.on_hash = file, on_hash
-        try:
-            kept = read_json(file)
-        except LoopError:
-            kept = None  # it only saves time
+        kept = read_json_or_none(file)  # it only saves time
         self._kept: dict[str, list[Any]] = kept if isinstance(kept, dict) else {}
 
     def checkpoint(self, folder: Path) -> str:

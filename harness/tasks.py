@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from harness.errors import LoopError
-from harness.files import below, digest, disk_errors, read_json, write_json
+from harness.files import below, digest, disk_errors, read_json_or_none, write_json
 
 FILE_NAME = re.compile(r"[^\0\n]{1,200}\.[^\0\n]{2,40}")
 FUNCTION = re.compile(r"!function\s+([\w./-]+)\.\w+")
@@ -96,10 +96,7 @@ def find(names: Sequence[str], include_path: Path | None, cache: Path) -> dict[s
 
 
 def _kept(cache: Path) -> dict[str, Any]:
-    try:
-        kept = read_json(cache)
-    except LoopError:
-        kept = None  # it only saves time
+    kept = read_json_or_none(cache)  # it only saves time
     return kept if isinstance(kept, dict) else {}
 
 

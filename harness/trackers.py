@@ -32,7 +32,7 @@ from filelock import FileLock
 
 from harness.config import SECRET, LoopConfig
 from harness.errors import LoopError
-from harness.files import read_json, write_json
+from harness.files import read_json_or_none, write_json
 
 Points = dict[str, dict[int, float]]  # a figure's name → step → value
 
@@ -139,10 +139,7 @@ class Trackers:
             self._write(self.folder / "trackers.json", every, at_end)
 
     def _write(self, file: Path, every: Mapping[str, Points], at_end: bool) -> None:
-        try:
-            kept = read_json(file)
-        except LoopError:
-            kept = None  # half a note: all is told anew
+        kept = read_json_or_none(file)  # after half a note all is told anew
         had: dict[str, Any] = kept if isinstance(kept, dict) else {}
         for name in list(self.names):
             if name != "tensorboard" and not at_end:

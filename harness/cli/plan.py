@@ -94,6 +94,7 @@ def callback(
 
     from harness import card as cards
     from harness.costs import forecast, kept
+    from harness.files import free_disk
     from harness.rundir import RunDir
 
     out = out.resolve()
@@ -129,19 +130,12 @@ def callback(
         per_hour, to_fetch = asked.usd_per_hour, forecast.downloads(asked)
         said += made_for_a_gpu(recipes, card)
     if as_json:
-        click.echo(json.dumps(as_data(lines, card, per_hour, to_fetch, free(out)), indent=2))
+        click.echo(json.dumps(as_data(lines, card, per_hour, to_fetch, free_disk(out)[1]), indent=2))
         return
     console = Console(highlight=False)
     for line in said:
         console.print(line, markup=False, soft_wrap=True)
-    show(lines, card, per_hour, to_fetch, free(out), console)
-
-
-def free(out: Path) -> int:
-    """Bytes free where runs go."""
-    import shutil
-
-    return shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
+    show(lines, card, per_hour, to_fetch, free_disk(out)[1], console)
 
 
 def made_for_a_gpu(recipes: Mapping[str, Recipe], card: Card) -> list[str]:
