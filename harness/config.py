@@ -29,10 +29,15 @@ LAUNCHERS = ("python", "accelerate", "torchrun")
 NOTHING: Mapping[Path, str] = {}
 # A setting that is nobody else's business; `pad_token` and its like are not.
 SECRET = re.compile(
-    r"(?i)(token|use_auth_token|.*(hub|hf|auth|access|api)_token|.*(secret|passw|api_?key|credential).*|"
+    r"(?i)(token|use_auth_token|.*(hub|hf|auth|access|api)_token|.*(secret|passw|api[_-]?key|credential).*|"
     r"authorization|headers?)"
 )
 IN_URL = re.compile(r"://[^/@\s]*@")  # a user or password
+IN_TEXT = re.compile(
+    r"(?<![\w-])([\w-]+)=(?!true\b|false\b|none\b)[^\s,]", re.IGNORECASE
+)  # an option, as lm-eval takes
+# What hubs, trackers and servers give out, wherever it stands.
+GIVEN_OUT = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|AKIA|xox[abp]-)[A-Za-z0-9_-]{16,}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -224,10 +229,13 @@ def load(
         if overrides.get(key) is not None:
             overrides = {**overrides, key: local_or_hub(overrides[key], Path.cwd())}
     given = {key: value for key, value in overrides.items() if value is not None}
+    no_secret(settings, str(path))
+    no_secret(given, "options")
     asked, changed = dict(settings), set()
     for place, value in map(assignment, changes):
         if place[0] not in Recipes.model_fields or len(place) == 1:
             put(asked, place, value)
+            no_secret(asked, "--set")
             changed.add(place[0])
     asked |= rooted({key: asked[key] for key in changed}, Path.cwd())
     try:
@@ -303,31 +311,41 @@ def read_recipes(
         if file:
             recipes[name] = located(read_yaml(file, texts), file.resolve().parent)
     for name, recipe in recipes.items():
-        no_password(recipe, f"{name} recipe")
+        no_secret(recipe, f"{name} recipe")
     for place, value in map(assignment, changes):
         if place[0] in Recipes.model_fields and len(place) > 1:
             name = "distill" if (place[0], config.distill) == ("on_policy", "on-policy") else place[0]
             if name not in recipes:
                 raise LoopError(f"--set {'.'.join(place)}: this run has no recipe {name}; it has {', '.join(recipes)}")
-            no_password(value, f"--set {place[0]}")
             put(recipes[name], place[1:], value)
+            no_secret(recipes[name], f"--set {place[0]}")
     return recipes
 
 
-def no_password(value: Any, where: str) -> None:
-    """Refuse a user or password in a URL: recipes are kept, shown and published.
+def no_secret(value: Any, where: str, named: bool = False) -> None:
+    """Refuse what is nobody else's business: recipes and settings are kept, shown and published.
+
+    Args:
+        value: of a setting.
+        where: it stands, for what is said of it; the value itself is not repeated.
+        named: whether the setting's name, or that of what it is in, is a secret's.
 
     Raises:
         LoopError: naming the key.
     """
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            no_password(inner, f"{where}: {key}")
+            no_secret(inner, f"{where}: {key}", named or bool(SECRET.fullmatch(str(key))))
     elif isinstance(value, list):
         for inner in value:
-            no_password(inner, where)
-    elif isinstance(value, str) and IN_URL.search(value):
-        raise LoopError(f"{where}: has a user or password in its URL; take it out, the environment is for secrets")
+            no_secret(inner, where, named)
+    elif isinstance(value, str):
+        found = "a user or password in its URL" if IN_URL.search(value) else ""
+        options = (option[1] for option in IN_TEXT.finditer(value))
+        if (named and value) or GIVEN_OUT.search(value) or any(map(SECRET.fullmatch, options)):
+            found = "a secret in it"
+        if found:
+            raise LoopError(f"{where}: has {found}; take it out, the environment is for secrets (HF_TOKEN, ...)")
 
 
 def assignment(text: str) -> tuple[list[str], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -311,6 +312,58 @@ def test_a_password_in_a_url_is_refused_and_not_said(tmp_path: Path, url: str) -
         with pytest.raises(LoopError, match="has a user or password in its URL") as caught:
             read_recipes(config, changes)
         assert url not in str(caught.value)
+
+
+PLANTED = "hf_" + "AbCd0123" * 4
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"hub_token": "word"},
+        {"model_args": {"token": "word"}},
+        {"model_args": "pretrained=here,token=word"},
+        {"model_args": {"header": {"Authorization": "Bearer word"}}},
+        {"env": [{"WANDB_API_KEY": "word"}]},
+        {"anything": f"see {PLANTED}"},
+        {"x-api-key": "word"},
+    ],
+)
+def test_a_secret_is_refused_wherever_it_is_written_and_not_said(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    config = load(with_recipes(tmp_path), {})
+    (key, value), *_ = recipe.items()
+    with pytest.raises(LoopError, match=r"^--set generate: .* has a secret in it; take it out") as caught:
+        read_recipes(config, [f"generate.{key}={json.dumps(value)}"])
+    assert "word" not in str(caught.value)
+    assert PLANTED not in str(caught.value)
+    (tmp_path / "evaluate.yml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(LoopError, match=f"^evaluate recipe: {key}.* has a secret in it"):
+        read_recipes(config)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"special_tokens": {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}},
+        {"model_args": "pretrained=here,use_auth_token=true,think_end_token=</think>,max_tokens=5"},
+        {"model_args": {"token": True, "api_key": None}},
+        {"chat_template": "{% if secret %}the password is: a = b{% endif %}"},
+        {"wandb_project": "sk-learning"},
+    ],
+)
+def test_what_only_sounds_like_a_secret_is_none(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    config = load(with_recipes(tmp_path), {})
+    (tmp_path / "evaluate.yml").write_text(yaml.safe_dump(recipe))
+    assert read_recipes(config)["evaluate"] == recipe
+
+
+@pytest.mark.parametrize(
+    "settings", [{"instruct": "https://me:w0rd@host"}, {"name": "sk-" + "w0rd" * 5}, {"token": "w0rd"}]
+)
+def test_a_secret_in_loop_yml_is_refused_and_not_said(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(LoopError, match="take it out") as caught:
+        load(written(tmp_path, **settings), {})
+    assert "w0rd" not in str(caught.value)
 
 
 # --- --set, of a recipe ---
