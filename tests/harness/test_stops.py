@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -11,9 +12,11 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import yaml
 from small import TS_LOOP, small_loop, ts_loop
 
 from harness.files import digest
@@ -125,32 +128,69 @@ def test_ctrl_c_while_the_tools_are_imported(recipes: Path, tmp_path: Path) -> N
     assert "stopped" in ended(running, signal.SIGINT, tag)
 
 
+def marks(out: Path) -> dict[str, int]:
+    """When each stage was marked done."""
+    return {file.parent.name: file.stat().st_mtime_ns for file in (out / "stages").glob("*/stage.json")}
+
+
+def worked(out: Path, running: subprocess.Popen[str], tag: str, until: float) -> float:
+    """Kill a run that has worked on its stages for so many seconds, or let it end; for how long it has.
+
+    What it takes to import the tools is no work that could be repeated.
+    """
+    since, begun = time.time(), None
+    while running.poll() is None:
+        if begun is None and any(log.stat().st_mtime >= since for log in (out / "stages").glob("*/log.txt")):
+            begun = time.monotonic()
+        if begun and time.monotonic() - begun >= until:
+            lasted = time.monotonic() - begun
+            ended(running, signal.SIGKILL, tag)
+            return lasted
+        time.sleep(0.02)
+    running.communicate()
+    return time.monotonic() - (begun or time.monotonic())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_thirty_random_moments(recipes: Path, tmp_path: Path) -> None:
-    """One run, ended thirty times on its way; and a fresh one each time it got to its end before."""
-    config = small_loop(recipes, tmp_path / "mine", limit=24, iterations=2)
-    begun = time.monotonic()
-    ts_loop("--config", config, "--out", tmp_path / "undisturbed")
-    lasts = time.monotonic() - begun
+@pytest.mark.parametrize("distill", ["answers", "on-policy"])
+def test_fifty_random_moments(recipes: Path, tmp_path: Path, distill: str) -> None:
+    """Runs killed twenty-five times each way, some of them again and again before they get to their end."""
+    changes: dict[str, Any] = {"tasks": ["mini_math", "mini_qa"], "prompts": ["mini_math_prompts"], "iterations": 1}
+    written = yaml.safe_load((recipes / "loop.yml").read_text())
+    recipe = {key: str(recipes / name) for key, name in written["recipes"].items()}
+    pair = {who: str(recipes / written[who]) for who in ("instruct", "thinking")}
+    (tmp_path / "loop.yml").write_text(
+        yaml.safe_dump({**written, **changes, **pair, "recipes": recipe, "name": "small"})
+    )
+    more = ["--distill", distill]
+
+    def begin(out: Path) -> tuple[subprocess.Popen[str], str]:
+        tag = uuid.uuid4().hex
+        return started(tmp_path / "loop.yml", out, tag, *more), tag
+
+    lasts = worked(tmp_path / "undisturbed", *begin(tmp_path / "undisturbed"), math.inf)
     wanted = left(tmp_path / "undisturbed")
-    chance, numbers = random.Random(0), [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL] * 10
-    run = 0
-    while numbers:
-        out = tmp_path / f"runs{run}"
+    chance, kills, repeated, run = random.Random(distill), 0, 0.0, 0
+    while kills < 25:
+        out, done = tmp_path / f"runs{run}", 0.0
         run += 1
-        for _ in range(5):
-            if not numbers:
+        for _ in range(chance.randint(1, 5)):
+            before = marks(out)
+            running, tag = begin(out)
+            done += worked(out, running, tag, chance.uniform(0.0, lasts))
+            assert before.items() <= marks(out).items(), "a finished stage ran again"
+            if running.returncode == 0:
                 break
-            tag = uuid.uuid4().hex
-            running = started(config, out, tag)
-            time.sleep(chance.uniform(0.5, lasts / 2))
-            if running.poll() is not None:
-                running.communicate()
-                continue
-            ended(running, numbers.pop(), tag)
-        ts_loop("--config", config, "--out", out)
+            kills += 1
+        else:
+            before = marks(out)
+            done += worked(out, *begin(out), math.inf)
+            assert before.items() <= marks(out).items(), "a finished stage ran again"
         assert left(out) == wanted
+        repeated += done - lasts
+        print(f"{kills} kills: {repeated / kills / lasts:.1%} of {lasts:.0f} s of work is repeated for each")
+    assert repeated / kills <= 0.15 * lasts
 
 
 @pytest.mark.slow
