@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError
-from harness.files import free_disk, read_json
+from harness.files import FULL, free_disk, read_json
 from harness.store import READ
 from harness.tasks import Task
 from thinkswitch_plugin.prompts import conversation, read_prompts
@@ -86,8 +86,13 @@ def _from_hub(name: str, role: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             raise LoopError(f"--{role} {name}: no disk space left to fetch it; free some, or set HF_HOME") from None
+        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+            where = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+            raise LoopError(
+                f"--{role} {name}: cannot be kept ({where}); set HF_HOME to a folder that can be written"
+            ) from None
         raise LoopError(
             f"--{role} {name}: no such folder, and the hub did not give it ({type(error).__name__})"
             "\ncheck the name and the network (HF_TOKEN for a gated one), or name a local folder"

@@ -6,13 +6,15 @@ exported names a place on this machine: what names one is replaced or left out, 
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from harness import model_card
 from harness.checks import is_hub_id
 from harness.config import ARMS, SECRET
 from harness.errors import LoopError, StageError
-from harness.files import below, digest, disk_errors, write_json, write_text
+from harness.files import below, digest, disk_errors, sync, write_json, write_text
 from harness.lineage import Chosen, Parent, Step
 from harness.model_card import AGAIN, Licence
 from harness.stages import RECIPE, STAND_IN, dump
@@ -28,10 +30,12 @@ from harness.stages.distill import ADAPTER, SAVED
 from thinkswitch_plugin.prompts import FILES as PROMPT_FILES
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
+LOADED_BY = ("config.json", "adapter_config.json")  # of them, those without which a folder is no checkpoint
 TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 TEMPLATES = ("chat_template.*",)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OWN_NAME = ("_name_or_path", "name_or_path")  # where a file was loaded from
+UNFINISHED = ".unfinished"  # what is exported, until it is whole
 GONE = object()  # what is left out of a recipe
 
 
@@ -88,30 +92,66 @@ def write(chosen: Chosen, to: Path, licensed: Licence, name: str, adapter_only: 
             would name a place on this machine.
     """
     sources = adapters(chosen) if adapter_only else [_weights(chosen)]
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    with disk_errors(to, "--to"), _unfinished(to) as work:
+        names = _places(chosen)
+        if adapter_only:
+            _write_adapter(chosen, sources, work, names)
+        else:
+            _write_whole(chosen, sources[0], work, names)
+        for file, text in again(chosen, names).items():
+            (work / AGAIN).mkdir(exist_ok=True)
+            write_text(work / AGAIN / file, text)
+        for place, text in model_card.files(chosen, licensed, name, adapter_only).items():
+            (work / place).parent.mkdir(exist_ok=True)
+            write_text(work / place, text)
+        check_named(work, names)
+
+
+@contextmanager
+def _unfinished(to: Path) -> Iterator[Path]:
+    """A folder to fill, inside `to`, whose files are moved up once they are all there and on the disk.
+
+    Without its config no loader takes a folder for a checkpoint: that is moved last, and what a machine that loses
+    power leaves is none, or whole. What an export that was killed has left is written anew.
+
+    Raises:
+        LoopError: `to` has something else in it, or another export is at it.
+    """
+    work, new = to / UNFINISHED, not to.exists()
+    if not new and (not to.is_dir() or any(path != work for path in to.iterdir())):
         raise LoopError(f"--to {to}: is there already, and not empty; name a new folder")
-    with disk_errors(to):
-        new = not to.exists()
-        to.mkdir(parents=True, exist_ok=True)
+    to.mkdir(parents=True, exist_ok=True)
+    lock = os.open(to, os.O_RDONLY)
+    moved: list[Path] = []
+    try:
         try:
-            names = _places(chosen)
-            if adapter_only:
-                _write_adapter(chosen, sources, to, names)
-            else:
-                _write_whole(chosen, sources[0], to, names)
-            for file, text in again(chosen, names).items():
-                (to / AGAIN).mkdir(exist_ok=True)
-                write_text(to / AGAIN / file, text)
-            for place, text in model_card.files(chosen, licensed, name, adapter_only).items():
-                (to / place).parent.mkdir(exist_ok=True)
-                write_text(to / place, text)
-            check_named(to, names)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LoopError(f"--to {to}: another export is at it; name a new folder") from None
+        try:
+            if work.exists():
+                shutil.rmtree(work)
+            work.mkdir()
+            yield work
+            for path in work.rglob("*"):
+                sync(path)
+            sync(work)
+            for path in sorted(work.iterdir(), key=lambda path: path.name in LOADED_BY):
+                if path.name in LOADED_BY:
+                    sync(to)
+                os.replace(path, to / path.name)
+                moved.append(to / path.name)
+            work.rmdir()
+            sync(to)
         except BaseException:
-            for left in to.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for left in [work, *moved]:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
             if new:
-                to.rmdir()
+                with suppress(OSError):
+                    to.rmdir()
             raise
+    finally:
+        os.close(lock)
 
 
 def _weights(chosen: Chosen) -> Path:

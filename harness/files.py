@@ -19,6 +19,8 @@ from typing import Any
 from harness.errors import LoopError, StageError
 
 CHUNK_BYTES = 1 << 22
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SEE = "see what is wrong with its disk, then run the same command again: it continues"
 
 
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
@@ -77,13 +79,20 @@ def sync(path: Path) -> None:
 
 
 def digest(path: Path, on_piece: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256 of a file's content, in hexadecimal; `on_piece` is told the bytes read so far."""
+    """SHA-256 of a file's content, in hexadecimal; `on_piece` is told the bytes read so far.
+
+    Raises:
+        StageError: it cannot be read.
+    """
     total, done = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            total.update(chunk)
-            done += len(chunk)
-            on_piece(done)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                total.update(chunk)
+                done += len(chunk)
+                on_piece(done)
+    except OSError as error:
+        raise StageError(f"{path}: cannot be read ({error.strerror or error})\n{SEE}") from None
     return total.hexdigest()
 
 
@@ -99,15 +108,35 @@ def free_disk(place: Path) -> tuple[Path, int]:
 
 
 @contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn the file system's refusals into one line that says what to do."""
+def disk_errors(where: Path, option: str = "--out") -> Iterator[None]:
+    """Turn the file system's refusals into one line that says what to do; `option` names another place than `where`."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StageError(
-                f"no disk space left while writing {where}\nfree some and run the same command again: it continues"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise LoopError(f"{where}: cannot be written ({error.strerror}); choose another folder by --out") from None
-        raise StageError(f"{where}: {error.strerror or error}") from None
+        raise refusal(error, where, option) from None
+
+
+def refusal(error: OSError, where: Path, option: str = "--out") -> LoopError:
+    """What the file system refused, where, and what to do now.
+
+    Args:
+        error: what it said. A file that it names, and that has nothing to do with `where`, is what is spoken of.
+        where: what was being written.
+        option: of the command line, which names another place.
+    """
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else where
+    elsewhere = named != where and where not in named.parents and named not in where.parents
+    place, why = named if elsewhere else where, error.strerror or error
+    if error.errno in FULL:
+        return StageError(no_room(place))
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        mend = "let this user use it, then run the same command again"
+        if not elsewhere:
+            mend = f"choose another folder by {option}"
+        return LoopError(f"{place}: cannot be {'used' if elsewhere else 'written'} ({why}); {mend}")
+    return StageError(f"{named}: {why}\n{SEE}")
+
+
+def no_room(where: Path) -> str:
+    """What to say where the disk is full."""
+    return f"no disk space left while writing {where}\nfree some and run the same command again: it continues"

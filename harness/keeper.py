@@ -7,6 +7,7 @@ Knows Linux processes and nothing of stages. `runner` starts it and speaks with 
     ← {"ready": true}
     ← {"started": id, "pid": …}
     ← {"ended": id, "code": exit code or -signal, "cpu_s": …, "peak_mb": …}
+    ← {"ended": id, "refused": errno, "path": …}
 
 Facts of Linux make it sure. Each command has a leader, a *child subreaper*: whatever the command starts and abandons,
 in a session of its own or not, becomes the leader's child, and what of it is still alive when the command has ended is
@@ -137,15 +138,24 @@ class Keeper:
 
     def start(self, order: dict[str, Any]) -> None:
         """Fork a leader for the command."""
-        hold = None
-        if order.get("hold"):
-            # A plain lock, which forks share: it is held as long as one of them lives, whoever dies first.
-            hold = os.open(order["hold"], os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(hold, fcntl.LOCK_EX)
-        pid = os.fork()
+        hold = sink = None
+        try:
+            if order.get("hold"):
+                # A plain lock, which forks share: it is held as long as one of them lives, whoever dies first.
+                hold = os.open(order["hold"], os.O_RDWR | os.O_CREAT, 0o644)
+                fcntl.flock(hold, fcntl.LOCK_EX)
+            sink = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            pid = os.fork()
+        except OSError as error:  # a disk that is full, say; that ends a command, and not whoever runs the others
+            for opened in (hold, sink):
+                if opened is not None:
+                    os.close(opened)
+            self.say(ended=order["run"], refused=error.errno, path=error.filename)
+            return
         if pid == 0:
             self.link.close()
-            lead(order["command"], order["environment"], order["log"], self.preloaded)
+            lead(order["command"], order["environment"], sink, self.preloaded)
+        os.close(sink)
         self.running[pid] = Command(order["run"], pid, hold)
         self.say(started=order["run"], pid=pid)
 
@@ -222,7 +232,7 @@ def end_everything() -> None:
         time.sleep(0.01)
 
 
-def lead(command: list[str], environment: dict[str, str], log: str, preloaded: bool) -> None:
+def lead(command: list[str], environment: dict[str, str], sink: int, preloaded: bool) -> None:
     """In a fork of the keeper: start the command, see that nothing of it is left, and end as it did. Never returns."""
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -233,7 +243,8 @@ def lead(command: list[str], environment: dict[str, str], log: str, preloaded: b
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        become(command, environment, log, preloaded)
+        become(command, environment, sink, preloaded)
+    os.close(sink)
     while True:
         ended, status = os.waitpid(-1, 0)
         if ended == pid:
@@ -248,15 +259,15 @@ def lead(command: list[str], environment: dict[str, str], log: str, preloaded: b
     os._exit(code)
 
 
-def become(command: list[str], environment: dict[str, str], log: str, preloaded: bool) -> None:
-    """In a fork of the leader: a group of its own, output to the log, and then the command. Never returns."""
+def become(command: list[str], environment: dict[str, str], sink: int, preloaded: bool) -> None:
+    """In a fork of the leader: a group of its own, output to `sink`, and then the command. Never returns."""
     code = 1
     try:
         os.setsid()
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
+        os.close(sink)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update(environment)
         if os.sep in command[0]:  # another environment's, whose own tools come first as if it were activated

@@ -20,7 +20,7 @@ from harness import checks, evidence, interpreters, outcomes, report, schedule, 
 from harness.asking import SERVED, TOOLS
 from harness.config import ARMS, LoopConfig, Recipes
 from harness.errors import LoopError, StageError
-from harness.files import below, digest, disk_errors, read_json_or_none, write_json, write_text
+from harness.files import below, digest, disk_errors, read_json_or_none, refusal, write_json, write_text
 from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
@@ -333,6 +333,8 @@ def perform(run: Run, runner: Runner, view: View, key: str, environment: dict[st
         raise
     except LoopError as error:
         raise StageError(str(error)) from None  # something has been run
+    except OSError as error:
+        raise StageError(str(refusal(error, run.store.folder(key)))) from None
     except Exception as error:
         raise StageError(f"{key}: {type(error).__name__}: {error}") from error
 
@@ -442,12 +444,13 @@ def write_recipes(run: Run, stage: Stage) -> dict[str, str]:
     """Write a stage's recipes and files into its folder; returns where everything lies."""
     paths = run.paths(stage)
     folder = Path(paths["stage"])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, recipe in stage.recipes.items():
-        more = stage.reports if name == RECIPE else {}
-        (folder / name).write_text(dump(placed({**recipe, **more}, paths)), encoding="utf-8")
-    for name, text in stage.files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, recipe in stage.recipes.items():
+            more = stage.reports if name == RECIPE else {}
+            (folder / name).write_text(dump(placed({**recipe, **more}, paths)), encoding="utf-8")
+        for name, text in stage.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
     return paths
 
 
@@ -465,7 +468,8 @@ def go(run: Run, view: View, runner: Runner | None = None, told: bool = True) ->
     """
     with run.folder.alive():
         published = _carried_out(run, view, runner)
-        results = published.write()
+        with disk_errors(run.folder.root):
+            results = published.write()
         if told:
             view.end(run, results, published.arms)
             reported(run, view)
@@ -511,7 +515,8 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> Published:
             try:
                 for key in schedule.run(todo, needs, free, work, run.folder.tick):
                     try:
-                        published.look(key)
+                        with disk_errors(run.folder.root):
+                            published.look(key)
                     except LoopError as error:
                         view.say(f"not published yet: {error}")  # the last word is `write`'s, below
             except LoopError:

@@ -159,7 +159,7 @@ def write(out: Path, names: Sequence[str], to: Path | None = None) -> Path:
 
     file = to or (RunDir(out / names[0]).report if len(names) == 1 else out / "report.html")
     text = page([gather(out, name) for name in dict.fromkeys(names)])
-    with disk_errors(file.parent):
+    with disk_errors(file.parent, "--to" if to else "--out"):
         write_text(file, text)
     return file
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import psutil
 
 from harness.errors import StageError
-from harness.files import disk_errors
+from harness.files import FULL, disk_errors, free_disk, no_room, refusal
 from harness.keeper import MIB, PATIENCE_S, tree
 from thinkswitch_plugin.cli import visible
 
@@ -45,6 +45,7 @@ FIRST = re.compile(r"Root Cause \(first observed failure\):.*?\brank\s*: (\d+).*
 NOISE = re.compile(r"^\s|^Traceback|^\s*$|it/s|s/it|━|╭|╰|│|\bWARNING\b|\bDEBUG\b|Warning:")
 # Not `-m harness.keeper`: what a command is named, and what its own children import, follows from the main module.
 START = "from harness.keeper import main; main()"
+NO_ROOM = 1 << 16  # bytes of a disk, fewer than a tool's last words and what it was writing take
 SAMPLE_S = 0.5  # between two looks at a command's memory
 
 
@@ -115,6 +116,7 @@ class Runner(Protocol):
         Raises:
             ToolError: if it exits with anything but 0, or too late; the text names the command, the log and the log's
                 last line.
+            StageError: if the disk is full, which another try does not mend.
         """
 
 
@@ -198,9 +200,13 @@ class LocalRunner:
         finally:
             self._end()
         said = self._replies.pop(number)
+        if "refused" in said:
+            raise refusal(OSError(said["refused"], os.strerror(said["refused"]), said["path"]), log.parent)
         if within_s is not None and late and said.get("code") != 0:
             raise ToolError(f"{title} was ended: it took longer than {within_s / 3600:.2g} h\nits log so far: {log}")
         if said.get("code") != 0:
+            if is_full(log, start):
+                raise StageError(f"{title} failed: {no_room(log.parent)}\nthe whole log: {log}")
             raise ToolError(obituary(title, said.get("code"), log, start))
         peak = max(memory.peak_mb, said["peak_mb"])
         return Usage(time.monotonic() - begun, said["cpu_s"], peak, memory.gpu_peak_mb)
@@ -407,6 +413,12 @@ def last_words(log: Path, start: int = 0) -> list[str]:
         of_first = [line for line in lines if line.startswith(f"[rank{rank}]:")] or lines
     raised = [found[1] for line in of_first if (found := RAISED.match(line)) and "ChildFailedError" not in line]
     return raised[-1:] or lines[-1:]
+
+
+def is_full(log: Path, start: int = 0) -> bool:
+    """Whether a command failed because its disk is full: it said so, or there is no room to say so."""
+    said = " ".join(last_words(log, start))
+    return any(os.strerror(number) in said for number in FULL) or free_disk(log)[1] < NO_ROOM
 
 
 def killed_by(number: int) -> str:

@@ -12,7 +12,6 @@ made of is `stages`' to know.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -28,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from harness.errors import StageError
-from harness.files import below, digest, disk_errors, read_json_or_none, sync, write_json
+from harness.files import FULL, below, digest, disk_errors, read_json_or_none, sync, write_json
 from thinkswitch_plugin.tah.args import LOADER
 
 MARKER = "stage.json"
@@ -93,12 +92,12 @@ class Store:
     @contextmanager
     def writing(self, key: str) -> Iterator[Path | None]:
         """Be the one who works on a stage: its folder; None if another process does, or is dying over it still."""
+        lock = FileLock(self.root / ".locks" / f"{key}.lock")
         with disk_errors(self.root):
             (self.root / ".locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / ".locks" / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+        if not lock.is_locked:
             yield None
             return
         try:
@@ -158,7 +157,7 @@ class Store:
                 try:
                     self._mark(key, {**record, "pruned": names})
                 except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    if error.errno not in FULL:
                         raise
                     # Room for the marker itself; were this to end here, the stage would count as not done.
                     max(files, key=lambda path: path.stat().st_size).unlink()
@@ -171,9 +170,10 @@ class Store:
         with self.writing(key) as folder:
             if folder is None or not folder.is_dir():
                 return 0
-            size = sum(path.stat().st_size for path in below(folder))
-            self.forget(key)
-            shutil.rmtree(folder)
+            with disk_errors(folder):
+                size = sum(path.stat().st_size for path in below(folder))
+                self.forget(key)
+                shutil.rmtree(folder)
             return size
 
 

@@ -135,8 +135,11 @@ class Trackers:
 
     def write(self, every: Mapping[str, Points], at_end: bool) -> None:
         """Tell trackers what they do not have yet; that one cannot be told is said once, and ends nothing."""
-        with FileLock(self.folder / ".trackers.lock"):  # two commands may be at one run
-            self._write(self.folder / "trackers.json", every, at_end)
+        try:
+            with FileLock(self.folder / ".trackers.lock"):  # two commands may be at one run
+                self._write(self.folder / "trackers.json", every, at_end)
+        except OSError as error:
+            self.say(f"no tracker was told how it went ({error}); the run's own files have it all")
 
     def _write(self, file: Path, every: Mapping[str, Points], at_end: bool) -> None:
         kept = read_json_or_none(file)  # after half a note all is told anew

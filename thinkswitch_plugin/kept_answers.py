@@ -8,7 +8,7 @@ came of one is on the disk before the next begins, in a file beside the recipe, 
 So it ends in the same answers, however often it was stopped. Of engines with a batch of their own (vLLM, SGLang, a
 server), whose random numbers are theirs, what is kept stays as it is and the rest is drawn anew: they get twice as many
 questions as they answer at a time. At the end the file is taken away, unless `--keep` leaves that to whoever knows that
-what lm-eval wrote is whole: of a full disk it says nothing.
+what lm-eval wrote is whole. Where lm-eval says no more than a warning of what it could not save, this ends.
 
 Knows lm-eval's registry and what it asks of a model.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -123,6 +124,15 @@ def keeping(model: type, file: Path, seed: Any, what: str, at_once: int = AT_ONC
     return Keeping
 
 
+class Unsaved(logging.Handler):
+    """Ends lm-eval when it says that it could not save what came of it, which it would go on from and exit with 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """End, with what went wrong, at such a warning; let all others be."""
+        if record.getMessage().startswith("Could not save"):
+            raise SystemExit(f"lm-eval: {record.getMessage()}: {sys.exc_info()[1]!r}")
+
+
 def main() -> None:
     """The command: see the module."""
     parser = argparse.ArgumentParser(
@@ -141,6 +151,7 @@ def main() -> None:
         raise SystemExit(f"{recipe}: cannot be read: {' '.join(str(error).split())}") from None
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import get_model, register_model
+    from lm_eval.loggers import evaluation_tracker
     from lm_eval.utils import simple_parse_args_string
 
     kept = f"{name}-kept"
@@ -149,6 +160,7 @@ def main() -> None:
     slots = max((int(arguments[key]) for key in SLOTS if arguments.get(key)), default=0)
     at_once = QUEUED * slots or AT_ONCE
     register_model(kept)(keeping(get_model(name), recipe.with_suffix(""), settings.get("seed"), text, at_once))
+    logging.getLogger(evaluation_tracker.__name__).addHandler(Unsaved(logging.WARNING))
     sys.argv = ["lm_eval", "run", "--config", str(recipe), "--model", kept]
     cli_evaluate()
     for file in [] if asked.keep else recipe.parent.glob(f"{recipe.stem}.*{SUFFIX}"):

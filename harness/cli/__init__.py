@@ -10,12 +10,14 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 import click
 
 from harness.cli import compare, dial, doctor, export, gc, init, logs, loop, plan, report, status, think_map
 from harness.errors import LoopError, Stopped
+from harness.files import refusal
 
 EPILOG = """\b
 Examples:
@@ -83,6 +85,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
+    except OSError as error:  # of a disk, where nobody knew more to say
+        refused = refusal(error, Path.cwd())
+        said, code = str(refused), refused.code
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: os._exit(128 + number))  # a second one: the keeper ends with us

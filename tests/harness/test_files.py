@@ -193,6 +193,30 @@ def test_what_the_disk_did_not_refuse_stays_what_it_is(error: BaseException) -> 
     assert caught.value is error
 
 
-def test_a_broken_disk_is_a_line() -> None:
-    with pytest.raises(StageError, match=r"^/out: broken disk$"), files.disk_errors(Path("/out")):
+def test_a_broken_disk_is_named_and_the_run_goes_on_once_it_is_mended() -> None:
+    said = r"^/out: broken disk\nsee what is wrong with its disk, then run the same command again: it continues$"
+    with pytest.raises(StageError, match=said), files.disk_errors(Path("/out")):
         raise OSError(errno.EIO, "broken disk")
+    with pytest.raises(StageError, match=r"^/out/deep/file: broken disk\n"), files.disk_errors(Path("/out")):
+        raise OSError(errno.EIO, "broken disk", "/out/deep/file")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_a_refusal_elsewhere_names_that_place_and_no_option_of_ours(number: int) -> None:
+    with pytest.raises(LoopError, match="/home/hub/blobs") as caught, files.disk_errors(Path("/out")):
+        raise OSError(number, "refused", "/home/hub/blobs")
+    assert "/out" not in str(caught.value)
+    assert "--" not in str(caught.value)
+    assert "run the same command again" in str(caught.value)
+
+
+def test_a_folder_that_another_option_names_is_chosen_by_that() -> None:
+    with pytest.raises(LoopError, match=r" --to$"), files.disk_errors(Path("/there"), "--to"):
+        raise OSError(errno.EACCES, "refused", "/there/config.json")
+
+
+def test_what_cannot_be_read_for_its_digest_is_a_line_too(tmp_path: Path) -> None:
+    said = r"^.*weights: cannot be read \(Is a directory\)\nsee what is wrong with its disk"
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(StageError, match=said):
+        files.digest(tmp_path / "weights")
