@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import glob
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,21 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers"  # the folder inside a stage's that lm-eval fills
 NF4_COPY = "nf4"
+SERVICE = "service.yml"  # in a stage's folder, of a stage that runs beside a server
 KEPT_ANSWERS = f"*{KEPT}"  # files of them, in a stage's folder
 DATE = "[0-9][0-9][0-9][0-9]-*"  # how lm-eval ends its file names; a task may be named as another's beginning
 TOOLS = ("lm_eval", "transformers", "torch", "datasets", "vllm", "sglang", "math_verify", "thinkswitch_plugin")
 SERVED = ("vllm", "sglang")  # models of lm-eval's that take a seed of their own, and not lm-eval's
+API = "local-chat-completions"  # lm-eval's name for a server
+# How long a trace may take, and that an answer is asked for again once if it is lost: lm-eval gives up after 300 s.
+SERVED_BY = {"num_concurrent": 16, "timeout": 86_400, "max_retries": 2, "tokenized_requests": False}
+SHARES = re.compile(r"--(tensor|pipeline|data)[-_]parallel|--(tp|dp|pp)\b|-(tp|dp|pp)\b")
+# Servers that a loop may name instead of writing their command; the checkpoint and a free port are put in.
+ENGINES = {
+    "vllm": "vllm serve {checkpoint} --host 127.0.0.1 --port {port}",
+    "sglang": "python -m sglang.launch_server --model-path {checkpoint} --host 127.0.0.1 --port {port}",
+    "transformers": "transformers serve {checkpoint} --host 127.0.0.1 --port {port}",
+}
 # What a recipe may say to lm-eval alone but not to a loop, and why.
 UNFIT = {
     "use_cache": "lm-eval would give one checkpoint's answers for another's",
@@ -58,12 +70,14 @@ class Settings:
         nf4: answer with the linear layers in NF4, of a copy made first.
         limit: only so many questions a task; None for all.
         include_path: a folder with tasks of the user's.
+        server: the command of a server of the checkpoint, or one of `ENGINES`, that is asked; empty for none.
     """
 
     seed: int
     nf4: bool = False
     limit: int | None = None
     include_path: Path | None = None
+    server: str = ""
 
 
 def recipe_for(
@@ -78,7 +92,7 @@ def recipe_for(
     Raises:
         LoopError: if the recipe has a setting with which the loop could not go on.
     """
-    result = copy.deepcopy(recipe)
+    result = served(recipe, settings.seed) if settings.server else copy.deepcopy(recipe)
     inputs: dict[str, Source] = {"checkpoint": checkpoint}
     arguments = result.get("model_args") or {}
     if not isinstance(arguments, dict):
@@ -112,6 +126,32 @@ def recipe_for(
     return result, inputs
 
 
+def served(recipe: Recipe, seed: int) -> Recipe:
+    """A recipe as it is asked of a server, which has its own ways with a device and with batches.
+
+    Raises:
+        LoopError: if it names an address of its own.
+    """
+    own = dict(recipe.get("model_args") or {}) if recipe.get("model") == API else {}
+    if "base_url" in own:
+        raise LoopError("servers: starts a server; take base_url out of the recipe's model_args, or servers: out")
+    result = {key: copy.deepcopy(value) for key, value in recipe.items() if key not in ("device", "batch_size")}
+    return {**result, "model": API, "model_args": {**SERVED_BY, "seed": seed, **own}, "apply_chat_template": True}
+
+
+def service(recipe: Recipe, server: str) -> dict[str, Recipe]:
+    """The files, by name, of a stage that runs beside a server: how that is started.
+
+    Args:
+        recipe: as it is written.
+        server: as in `Settings`.
+    """
+    command = ENGINES.get(server, server)
+    if server == "transformers" and device_of(recipe) == "cpu":
+        command += " --device cpu"
+    return {SERVICE: {"model": slot("checkpoint"), "command": command.replace("{checkpoint}", slot("checkpoint"))}}
+
+
 def generation(recipe: Recipe) -> dict[str, Any]:
     """What an lm-eval config says of how answers are written, before which the task's own settings yield."""
     said = recipe.get("gen_kwargs") or {}
@@ -127,17 +167,19 @@ def is_greedy(recipe: Recipe, task: Task) -> bool:
     return cold or said.get("do_sample", task.do_sample) is False
 
 
-def commands_for(recipe: Recipe, nf4: bool, interpreter: Interpreter | None = None) -> list[tuple[str, ...]]:
+def commands_for(recipe: Recipe, settings: Settings, interpreter: Interpreter | None = None) -> list[tuple[str, ...]]:
     """The commands that ask what a recipe says.
 
     Args:
         recipe: what `recipe_for` made.
-        nf4: of an NF4 copy, which is made first, here, and put into the recipe.
+        settings: of an NF4 copy, which is made first, here, and put into the recipe; or beside a server.
         interpreter: whose lm-eval asks; None for this environment's.
     """
     python = slot("python") if interpreter else "python"
     ask = (python, "-m", "thinkswitch_plugin.kept_answers", f"{OWN}/{RECIPE}", "--keep")
-    if not nf4:
+    if settings.server:
+        return [("python", "-m", "harness.serving", f"{OWN}/{SERVICE}", "--", *ask, "--server", "{url}")]
+    if not settings.nf4:
         return [ask]
     recipe["model_args"]["pretrained"] = f"{OWN}/{NF4_COPY}"
     return [("axolotl", "nf4", slot("checkpoint"), f"{OWN}/{NF4_COPY}"), ask]
@@ -149,12 +191,14 @@ def resumes(folder: Path) -> list[Path]:
 
 
 def device_of(recipe: Recipe) -> Any:
-    """ "cpu" where a recipe says that it wants no accelerator."""
+    """ "cpu" where a recipe, as it is written, says that it wants no accelerator."""
     return "cpu" if recipe.get("device") == "cpu" else "gpu"
 
 
-def is_wide(recipe: Recipe) -> bool:
-    """Whether a recipe spreads one checkpoint over several devices."""
+def is_wide(recipe: Recipe, server: str = "") -> bool:
+    """Whether a recipe, or the command of a server, spreads one checkpoint over several devices."""
+    if SHARES.search(server):
+        return True
     arguments = recipe["model_args"]
     several = any(int(arguments.get(key) or 1) > 1 for key in ("tensor_parallel_size", "data_parallel_size"))
     return several or bool(arguments.get("parallelize"))

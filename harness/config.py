@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from harness.asking import ENGINES
 from harness.errors import LoopError
 from harness.stages import Recipe
 from thinkswitch_plugin.prompts import FILES, is_source
@@ -84,8 +85,10 @@ class LoopConfig(BaseModel):
     it once with each. `limits` are the hours that a stage of a kind may take (`{generate: 4}`): one that hangs ends
     then. `retries` is how often a stage whose tool failed, or was ended so, is tried again, from where it was.
     `python` names the interpreter of another environment whose lm-eval runs a recipe
-    (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own. `report_to` names the trackers that are told the
-    run's figures, or `none`; left out, TensorBoard's files are written beside the run.
+    (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own. `servers` has a recipe's questions asked of a
+    server, which is started for each checkpoint and ended after it: `vllm`, `sglang`, `transformers`, or a command with
+    `{checkpoint}` and `{port}` in it (`../vllm/bin/vllm serve {checkpoint} --port {port}`). `report_to` names the
+    trackers that are told the run's figures, or `none`; left out, TensorBoard's files are written beside the run.
     """
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True)
@@ -115,6 +118,7 @@ class LoopConfig(BaseModel):
     )
     retries: int = Field(default=0, ge=0, le=100)
     python: dict[Literal["generate", "evaluate", "evaluate_thinking"], Path] = Field(default_factory=dict)
+    servers: dict[Literal["generate", "evaluate", "evaluate_thinking"], str] = Field(default_factory=dict)
     report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = ["tensorboard"]
     recipes: Recipes
     written_pair: tuple[str, str] | None = Field(default=None, exclude=True)  # instruct, thinking as loop.yml has them
@@ -147,6 +151,16 @@ class LoopConfig(BaseModel):
             raise ValueError(f"cannot be read ({error})") from None
         if not words or words[0] not in LAUNCHERS:
             raise ValueError(f"must begin with one of {', '.join(LAUNCHERS)}")
+        return value
+
+    @field_validator("servers")
+    @classmethod
+    def _known_servers(cls, value: dict[Any, str]) -> dict[Any, str]:
+        for command in value.values():
+            if command not in ENGINES and not ("{checkpoint}" in command and "{port}" in command):
+                raise ValueError(
+                    f"must be one of {', '.join(ENGINES)}, or a command with {{checkpoint}} and {{port}} in it"
+                )
         return value
 
     @property
@@ -251,6 +265,8 @@ def load(
         raise LoopError(f"{source}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})") from None
     if len(config.prompts) > 1 and any(map(is_source, config.prompts)):
         raise LoopError(f"{path}: prompts: name either one file or hub data set, or lm-eval tasks, not both")
+    if config.nf4 and config.servers:
+        raise LoopError("--nf4 and servers: a server puts weights into 4 bits by an option of its own; leave one out")
     if config.t == "auto" and not config.iterations:
         raise LoopError("--t auto: with 0 iterations nothing is rebuilt; leave --t (and t:) out, or ask for --iters 1")
     if config.arms and config.distill != "answers":

@@ -134,15 +134,16 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int, arm: str) -> Ite
     answered: list[tuple[Source, Stage]] = []  # which checkpoint's labels these are
 
     def labels_of(checkpoint: Source) -> Stage:
-        asks = inputs.interpreters.get("generate")
-        stage = generate.build(recipes["generate"], settings, inputs.prompt_tasks, checkpoint, inputs.prompts, asks)
+        asks, how = inputs.interpreters.get("generate"), served("generate", config, settings)
+        stage = generate.build(recipes["generate"], how, inputs.prompt_tasks, checkpoint, inputs.prompts, asks)
         return pinned(stage, identify)
 
     def tests(k: int) -> Iterator[Step]:
         for who, checkpoint in (("instruct", instruct), ("thinking", thinking)):
             name = f"evaluate_{who}" if f"evaluate_{who}" in recipes else "evaluate"
             tah, asks = who in inputs.tah, inputs.interpreters.get(name)
-            tested = evaluate.build(recipes[name], settings, inputs.test_tasks, checkpoint, tah, asks)
+            how = served(name, config, settings)
+            tested = evaluate.build(recipes[name], how, inputs.test_tasks, checkpoint, tah, asks)
             yield Step(k, f"evaluate_{who}", pinned(tested, identify), who)
 
     yield from tests(0)
@@ -199,11 +200,12 @@ def _choice(
     def asked(checkpoint: Source) -> tuple[str, Stage]:
         if not by_score:
             asks = inputs.interpreters.get("generate")
-            every = (another, inputs.prompt_tasks, checkpoint, inputs.prompts, asks)
+            every = (served("generate", config, another), inputs.prompt_tasks, checkpoint, inputs.prompts, asks)
             return "answer", generate.build(recipes["generate"], *every, labels=False)
         name = "evaluate_thinking" if "evaluate_thinking" in recipes else "evaluate"
         tah, asks = "thinking" in inputs.tah, inputs.interpreters.get(name)
-        return "validate", evaluate.build(recipes[name], settings, by_score, checkpoint, tah, asks)
+        how = served(name, config, settings)
+        return "validate", evaluate.build(recipes[name], how, by_score, checkpoint, tah, asks)
 
     tried: list[choose.Tried] = []
     for t in (0.0, *GRID):
@@ -221,6 +223,13 @@ def _choice(
     choice = choose.build(tried, names, None if by_score else first)
     yield Step(k, "choose", choice)
     return Output(choice, choose.CHECKPOINT)
+
+
+def served(recipe: str, config: LoopConfig, settings: Settings) -> Settings:
+    """How the checkpoints are asked that a recipe is for: beside a server, if loop.yml names one."""
+    named = {str(name): server for name, server in config.servers.items()}
+    servers = {"evaluate_thinking": named.get("evaluate", ""), **named}
+    return replace(settings, server=servers.get(recipe, ""))
 
 
 def untried(name: str) -> str:

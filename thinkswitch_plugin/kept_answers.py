@@ -1,6 +1,7 @@
 """lm-eval with every answer kept as it comes: what was stopped and is asked again goes on where it was.
 
     python -m thinkswitch_plugin.kept_answers recipe.yml        as lm_eval run --config recipe.yml
+    python -m thinkswitch_plugin.kept_answers recipe.yml --server http://127.0.0.1:8000/v1
 
 lm-eval writes nothing before the last question is answered, and its own cache knows neither whose answers it holds nor
 any that were sampled. Here questions are answered a batch after another, in lm-eval's own order and of its size; what
@@ -9,6 +10,9 @@ So it ends in the same answers, however often it was stopped. Of engines with a 
 server), whose random numbers are theirs, what is kept stays as it is and the rest is drawn anew: they get twice as many
 questions as they answer at a time. At the end the file is taken away, unless `--keep` leaves that to whoever knows that
 what lm-eval wrote is whole. Where lm-eval says no more than a warning of what it could not save, this ends.
+
+A server may hand a trace over beside its answer, as a reasoning parser does, and lm-eval would drop it: it is put back
+before the answer, so that who reads that can tell whether the trace closed.
 
 Knows lm-eval's registry and what it asks of a model.
 """
@@ -21,15 +25,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from thinkswitch_plugin.trace_stripping import DEFAULT_TAGS
+
 AT_ONCE = 32  # questions that an engine with a batch of its own gets, where nobody says how many it answers at a time
 QUEUED = 2  # requests for each that it answers at a time: the last of them leave it idle, and all are lost at a stop
 SLOTS = ("max_num_seqs", "max_running_requests", "num_concurrent")  # what lm-eval's model_args call those
+SERVED = "served.yml"  # the recipe with a server's address, after the recipe's name
 SUFFIX = ".answered.jsonl"  # of the file, after the recipe's name and the process's number
 
 
@@ -124,6 +132,43 @@ def keeping(model: type, file: Path, seed: Any, what: str, at_once: int = AT_ONC
     return Keeping
 
 
+def whole(choice: Mapping[str, Any]) -> str | None:
+    """What a checkpoint wrote, of one of a server's choices: its trace, if that was taken apart, and its answer."""
+    message = choice["message"]
+    answer: str | None = message.get("content")
+    trace = message.get("reasoning_content") or message.get("reasoning")
+    if not trace:
+        return answer
+    opening, closing = DEFAULT_TAGS[0]
+    text = str(trace) if str(trace).lstrip().startswith(opening) else f"{opening}{trace}"
+    return text if not answer and choice.get("finish_reason") == "length" else f"{text}{closing}{answer or ''}"
+
+
+def of_server(model: type) -> type:
+    """A class of lm-eval's models for chat servers, which gives whole texts."""
+
+    class Whole(model):
+        """See the module."""
+
+        @staticmethod
+        def parse_generations(outputs: Any, **_: Any) -> list[str | None]:
+            """The text of every choice, in order."""
+            replies = outputs if isinstance(outputs, list) else [outputs]
+            return [whole(one) for reply in replies for one in sorted(reply["choices"], key=itemgetter("index"))]
+
+    return Whole
+
+
+def addressed(settings: dict[str, Any], server: str) -> dict[str, Any]:
+    """An lm-eval config whose questions go to a server, up to /v1, of the checkpoint that it names."""
+    from transformers import AutoTokenizer
+
+    arguments = {**settings["model_args"], "base_url": f"{server}/chat/completions"}
+    # lm-eval stops an answer where this stands, and a server may refuse what its tokenizer does not know.
+    arguments.setdefault("eos_string", AutoTokenizer.from_pretrained(arguments["pretrained"]).eos_token)
+    return {**settings, "model_args": arguments}
+
+
 class Unsaved(logging.Handler):
     """Ends lm-eval when it says that it could not save what came of it, which it would go on from and exit with 0."""
 
@@ -140,6 +185,7 @@ def main() -> None:
         description="lm_eval run --config RECIPE, which goes on where it was stopped.",
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="an lm-eval config")
+    parser.add_argument("--server", metavar="URL", help="up to /v1, of the checkpoint that the recipe names: ask that")
     parser.add_argument("--keep", action="store_true", help="leave the answers that were kept where they are")
     asked = parser.parse_args()
     recipe: Path = asked.recipe
@@ -159,9 +205,15 @@ def main() -> None:
     arguments = simple_parse_args_string(arguments) if isinstance(arguments, str) else arguments
     slots = max((int(arguments[key]) for key in SLOTS if arguments.get(key)), default=0)
     at_once = QUEUED * slots or AT_ONCE
-    register_model(kept)(keeping(get_model(name), recipe.with_suffix(""), settings.get("seed"), text, at_once))
+    model = get_model(name)
+    model = of_server(model) if hasattr(model, "parse_generations") else model
+    config = recipe
+    if asked.server:
+        config = recipe.with_name(f"{recipe.stem}.{SERVED}")
+        config.write_text(yaml.safe_dump(addressed(settings, asked.server), sort_keys=False), encoding="utf-8")
+    register_model(kept)(keeping(model, recipe.with_suffix(""), settings.get("seed"), text, at_once))
     logging.getLogger(evaluation_tracker.__name__).addHandler(Unsaved(logging.WARNING))
-    sys.argv = ["lm_eval", "run", "--config", str(recipe), "--model", kept]
+    sys.argv = ["lm_eval", "run", "--config", str(config), "--model", kept]
     cli_evaluate()
     for file in [] if asked.keep else recipe.parent.glob(f"{recipe.stem}.*{SUFFIX}"):
         file.unlink(missing_ok=True)  # another process of the same run may have been quicker

@@ -47,21 +47,22 @@ def build(
     check_repeats(resolved, tasks)
     if tah:
         resolved["model_args"]["trust_remote_code"] = True
-    commands = asking.commands_for(resolved, settings.nf4, interpreter)
+    commands = asking.commands_for(resolved, settings, interpreter)
     where = (f"{OWN}/{ANSWERS}", "--recipe", f"{OWN}/{RECIPE}", "--out")
     if again := [task.name for task in tasks if not task.grades_traces or task.repeats > 1]:
         commands.append(("python", "-m", "harness.grading", *where, f"{OWN}/{GRADED}", *again))
     if tah:
         commands.append(("axolotl", "tah-passes", *where, f"{OWN}/{PASSES}"))
+    services = asking.service(recipe, settings.server) if settings.server else {}
     return Stage(
         KIND,
-        {RECIPE: resolved},
+        {RECIPE: resolved, **services},
         tuple(commands),
         inputs,
         tasks={task.name: task.definition for task in tasks},
         scratch=(NF4_COPY, asking.KEPT_ANSWERS),
-        device=asking.device_of(resolved),
-        wide=asking.is_wide(resolved),
+        device=asking.device_of(recipe),
+        wide=asking.is_wide(resolved, settings.server),
         versions=interpreter.versions if interpreter else None,
     )
 

@@ -51,17 +51,18 @@ def build(
     if prompts is not None:
         resolved["metadata"] = {**(resolved.get("metadata") or {}), "prompts_file": f"{OWN}/{PROMPTS}"}
         files[PROMPTS] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prompts)
-    commands = asking.commands_for(resolved, settings.nf4, interpreter)
+    commands = asking.commands_for(resolved, settings, interpreter)
+    services = asking.service(recipe, settings.server) if settings.server else {}
     return Stage(
         KIND if labels else TRIAL,
-        {RECIPE: resolved},
+        {RECIPE: resolved, **services},
         tuple(commands),
         inputs,
         files=files,
         tasks={task.name: task.definition for task in tasks},
         scratch=(NF4_COPY, asking.KEPT_ANSWERS),
-        device=asking.device_of(resolved),
-        wide=asking.is_wide(resolved),
+        device=asking.device_of(recipe),
+        wide=asking.is_wide(resolved, settings.server),
         versions=interpreter.versions if interpreter else None,
     )
 
