@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError
-from harness.files import FULL, free_disk, read_json
+from harness.files import FULL, free_disk, read_json, read_json_or_none
 from harness.store import READ
 from harness.tasks import Task
 from thinkswitch_plugin.prompts import conversation, read_prompts
@@ -34,6 +34,7 @@ SHAPE_KEYS = (
     "tie_word_embeddings",
 )
 
+SPOKEN_WITH = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ONE_PRETRAINING = "a ThinkSwitch pair must share one pretraining: use two finetunes of the same base"
 DESCRIBING = ["*.json", "*.jinja", "README.md"]  # all that a hub's checkpoint says of itself
 
@@ -88,7 +89,7 @@ def _from_hub(name: str, role: str, files: list[str]) -> Path:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise LoopError(f"--{role} {name}: no disk space left to fetch it; free some, or set HF_HOME") from None
-        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             where = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
             raise LoopError(
                 f"--{role} {name}: cannot be kept ({where}); set HF_HOME to a folder that can be written"
@@ -120,6 +121,35 @@ def _lack(folder: Path) -> str:
     if not in_config and not (folder / "chat_template.jinja").is_file():
         return "its tokenizer has no chat template; add chat_template.jinja"
     return ""
+
+
+def lost(folder: Path, like: Path | None = None) -> list[str]:
+    """What a tool left half written of a checkpoint, or did not leave: some say no more than a line in their log.
+
+    Args:
+        folder: the checkpoint.
+        like: the one it was made from; of its files those that say how it is spoken with must be here, too.
+
+    Returns:
+        The names of files that are missing, empty, no whole JSON or no whole safetensors, in order.
+    """
+    index = read_json_or_none(folder / "model.safetensors.index.json") or {}
+    weights = {*index.get("weight_map", {}).values(), *(file.name for file in folder.glob("*.safetensors"))}
+    asked = {"config.json", *(name for name in SPOKEN_WITH if like and (like / name).is_file())}
+    found = {name for name in asked if not (folder / name).is_file() or not (folder / name).stat().st_size}
+    found |= {file.name for file in folder.glob("*.json") if read_json_or_none(file) is None}
+    found |= {name for name in weights or ["model.safetensors"] if not _opens(folder / name)}
+    return sorted(found)
+
+
+def _opens(file: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def is_tah(folder: Path) -> bool:

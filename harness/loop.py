@@ -20,11 +20,11 @@ from harness import checks, evidence, interpreters, outcomes, report, schedule, 
 from harness.asking import SERVED, TOOLS
 from harness.config import ARMS, LoopConfig, Recipes
 from harness.errors import LoopError, StageError
-from harness.files import below, digest, disk_errors, read_json_or_none, refusal, write_json, write_text
+from harness.files import below, digest, disk_errors, no_room, read_json_or_none, refusal, write_json, write_text
 from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
-from harness.runner import Runner, ToolError, Usage, devices, has_bf16, start
+from harness.runner import Runner, ToolError, Usage, devices, has_bf16, is_full, start
 from harness.stages import RECIPE, External, Keys, Output, Recipe, Stage, choose, dump, placed, reconstruct
 from harness.store import BEGUN, Known, Store, is_checkpoint, loaded, stamp
 from harness.view import View
@@ -378,10 +378,13 @@ def make(
         # What a next try would go on from stays until this one is marked done.
         last = [folder / BEGUN, *(left for left in stage.kind.resumes(folder) if left in scratch)]
         remove(scratch.difference(last))
-        inside = stage.kind.checkpoint
-        if inside and not any((folder / inside).glob("*.safetensors")):
-            raise StageError(f"{key}: its commands ended well and left no weights in {folder / inside}\nsee {log}")
-        facts = stage.kind.read(folder, stage, run.pair["instruct"])
+        try:
+            whole(run, stage, paths)
+            facts = stage.kind.read(folder, stage, run.pair["instruct"])
+        except StageError:
+            if is_full(log):
+                raise StageError(no_room(folder)) from None
+            raise
     unchanged(run)
     run.store.finish(
         key,
@@ -402,6 +405,21 @@ def make(
         but=last,
     )
     remove(last)
+
+
+def whole(run: Run, stage: Stage, paths: Mapping[str, str]) -> None:
+    """See that a stage's commands left its checkpoint whole: some go on from a write that failed, and exit with 0.
+
+    Raises:
+        StageError: naming what is missing or half written.
+    """
+    folder, inside = Path(paths["stage"]), stage.kind.checkpoint
+    like = paths.get("anchor") or paths.get("instruct")
+    if inside and (lost := checks.lost(folder / inside, Path(like) if like else None)):
+        raise StageError(
+            f"{run.keys[stage]}: its commands ended well and left {', '.join(lost)} of {folder / inside} missing or "
+            f"half written\nsee {folder / 'log.txt'}, and run the same command again"
+        )
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -468,8 +486,11 @@ def go(run: Run, view: View, runner: Runner | None = None, told: bool = True) ->
     """
     with run.folder.alive():
         published = _carried_out(run, view, runner)
-        with disk_errors(run.folder.root):
-            results = published.write()
+        try:
+            with disk_errors(run.folder.root):
+                results = published.write()
+        except LoopError as error:
+            raise StageError(str(error)) from None  # something has been run
         if told:
             view.end(run, results, published.arms)
             reported(run, view)

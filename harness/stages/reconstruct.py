@@ -6,10 +6,11 @@ Any method of mergekit: of the recipe's models, the two that stand for the pair 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
-from harness.errors import LoopError
-from harness.stages import OWN, RECIPE, Kind, Recipe, Source, Stage, slot
+from harness.errors import LoopError, StageError
+from harness.stages import OWN, RECIPE, Facts, Kind, Recipe, Source, Stage, slot
 
 CHECKPOINT = "thinking"
 TOOLS = ("mergekit", "torch", "transformers")
@@ -17,6 +18,7 @@ PHASES = {"Warmup": "models read", "Executing": "steps of the merge"}
 HAS_T = ("slerp",)
 # Weights in a file: mergekit holds one whole before it writes it, and its own 5B are all of a 4B checkpoint.
 SHARD = "1B"
+NOT_COPIED = "Failed to copy tokenizer"  # what it says of that, and exits with 0
 
 
 def build(
@@ -115,4 +117,19 @@ def _replaced(value: Any, stand_ins: dict[str, str]) -> Any:
     return [_replaced(inner, stand_ins) for inner in value] if isinstance(value, list) else value
 
 
-KIND = Kind("reconstruct", "thinking is rebuilt", TOOLS, PHASES, checkpoint=CHECKPOINT)
+def read(folder: Path, stage: Stage, tokenizer: Path | None = None) -> Facts:
+    """Nothing: that mergekit could copy all that goes with the weights, though, it says in its log alone.
+
+    Raises:
+        StageError: it could not.
+    """
+    log = folder / "log.txt"
+    if NOT_COPIED in log.read_text(encoding="utf-8", errors="replace"):
+        raise StageError(
+            f"{folder.name}: mergekit could not copy tokenizer, chat template or generation config\n"
+            f"see {log}, and run the same command again"
+        )
+    return {}
+
+
+KIND = Kind("reconstruct", "thinking is rebuilt", TOOLS, PHASES, read, checkpoint=CHECKPOINT)

@@ -2,9 +2,10 @@
 
    FAULTS names a control file, mapped by every process; its layout is `struct control`, which faults.py fills. Calls
    are those that write: open for writing, write, rename, link, mkdir, truncate, sync, a shared mapping that can be
-   written to; with `reads`, those that read, too. The call numbers `first` to `last` (of those whose path below the
-   folder fits `like`, made by a process that is meant) fail with `error`; or the process ends in one of the ways that
-   a negative `error` names. */
+   written to; with `reads`, those that read, too. The call number `first` (of those whose path below the folder fits
+   `like`, made by a process that is meant) fails with `error`; with `ever`, so does every call below the folder that
+   comes after it, whoever makes it, and of a disk that is full no room is told. Where `error` is negative the process
+   ends, in one of the ways that it names. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -22,6 +23,7 @@
 #include <sys/resource.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -32,7 +34,7 @@
 #define NO_MEMORY (-1003)
 
 struct control {
-    int64_t count, failed, first, last, error, reads;
+    int64_t count, failed, first, ever, error, reads;
     int64_t only[4];   /* pids of the processes that are meant; none: all */
     int64_t others;    /* 1: all but those are */
     char below[1024], like[512], log[1024];
@@ -81,11 +83,12 @@ static int fails(const char *call, const char *path) {
     if (!control || !control->below[0]) return 0;
     size_t length = strlen(control->below);
     if (strncmp(path, control->below, length) || (path[length] != '/' && path[length])) return 0;
+    if (control->ever && control->failed) { errno = (int)control->error; return 1; }
     if (!meant()) return 0;
     if (control->like[0] && fnmatch(control->like, path + length + (path[length] == '/'), 0)) return 0;
     int64_t number = __atomic_add_fetch(&control->count, 1, __ATOMIC_SEQ_CST);
     if (control->log[0]) note(number, call, path + length);
-    if (!control->first || number < control->first || number > control->last) return 0;
+    if (number != control->first) return 0;
     __atomic_add_fetch(&control->failed, 1, __ATOMIC_SEQ_CST);
     int64_t error = control->error;
     if (error == EXIT_3) syscall(SYS_exit_group, 3);
@@ -235,3 +238,12 @@ int symlinkat(const char *from, int folder, const char *to) {
     REAL(int, symlinkat, const char *, int, const char *);
     return fails_at("link", folder, to) ? -1 : real(from, folder, to);
 }
+
+#define STATVFS(name, type) \
+    int name(const char *path, struct type *to) { \
+        REAL(int, name, const char *, struct type *); \
+        int result = real(path, to); \
+        if (!result && control && control->ever && control->failed && control->error == ENOSPC) to->f_bavail = 0; \
+        return result; \
+    }
+STATVFS(statvfs, statvfs) STATVFS(statvfs64, statvfs64)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LAYOUT = struct.Struct("6q4qq1024s512s1024s")  # of `struct control`
-EVER = 1 << 62
+BELOW = struct.calcsize("6q4qq")  # where the folder stands in it; without one nothing fails
 EXIT_3, HANG, NO_MEMORY = -1001, -1002, -1003  # as in faults.c; other negative numbers are signals
 REFUSALS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
@@ -33,7 +33,7 @@ class Fault:
     Attributes:
         error: an errno, a signal as a negative number, or one of those above.
         first: the number of the call, from 1, of those that fit; 0: none, calls are only counted.
-        ever: each one after it fails, too, as of a disk that is full.
+        ever: every call after it fails, too, whoever makes it, as of a disk that is full.
         like: a pattern that the path below the folder fits; empty: any.
         who: "ours", the processes of `ts-loop` itself, or "theirs", all others; empty: both.
         reads: calls that read count, too.
@@ -45,6 +45,9 @@ class Fault:
     like: str = ""
     who: str = ""
     reads: bool = False
+
+
+NONE = Fault()
 
 
 class Call(NamedTuple):
@@ -74,11 +77,10 @@ class Faults:
 
     def arm(self, fault: Fault, below: Path, ours: Sequence[int] = (), logged: bool = False) -> None:
         """Count from here on, and let go wrong what `fault` says; `ours` are the pids of `ts-loop` itself."""
-        last = EVER if fault.ever and fault.first else fault.first
         pids = [*(ours if fault.who else ()), 0, 0, 0, 0][:4]
         texts = [str(below.resolve()), fault.like, str(self.log) if logged else ""]
         self.log.unlink(missing_ok=True)
-        numbers = (0, 0, fault.first, last, fault.error, fault.reads, *pids, fault.who == "theirs")
+        numbers = (0, 0, fault.first, fault.ever, fault.error, fault.reads, *pids, fault.who == "theirs")
         self._write(LAYOUT.pack(*numbers, *(text.encode() for text in texts)))
 
     def disarm(self) -> None:
@@ -115,15 +117,17 @@ class Ended(NamedTuple):
 
 
 class Sittings:
-    """A process that starts a run as `ts-loop` does, one sitting after another; use it as a context manager."""
+    """A process that starts commands as `ts-loop` does, one after another; use it as a context manager."""
 
-    def __init__(self, faults: Faults, log: Path):
-        """`log` gets what the process itself says."""
+    def __init__(self, faults: Faults, log: Path, preloaded: bool = True):
+        """`log` gets what the process itself says; without `preloaded` it has no keeper, and can run no loop."""
         self.faults = faults
+        self._log = log.open("w")
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(log)],
+            [sys.executable, str(Path(__file__)), str(log) if preloaded else ""],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._log,
             text=True,
             env=faults.environment,
         )
@@ -133,70 +137,108 @@ class Sittings:
         assert self._process.stdout
         return json.loads(self._process.stdout.readline())
 
-    def sit(
-        self,
-        config: Path,
-        out: Path,
-        fault: Fault = Fault(),
-        logged: bool = False,
-        **asked: Any,
-    ) -> Ended:
-        """Run what is left of a run, with a fault; `asked` as on the command line."""
+    def _sit(self, below: Path, fault: Fault, logged: bool, **order: Any) -> Ended:
         assert self._process.stdin
-        self.faults.arm(fault, out, self.pids, logged)
-        self._process.stdin.write(json.dumps({"config": str(config), "out": str(out), "asked": asked}) + "\n")
+        self.faults.arm(fault, below, self.pids, logged)
+        self._process.stdin.write(json.dumps(order, default=str) + "\n")
         self._process.stdin.flush()
-        code, said, raised, printed, self.pids = self._read()
+        try:
+            code, said, raised, printed, self.pids = self._read()
+        except ValueError:  # it is no more
+            code, said, raised, printed = self._process.wait(), "", "", ""
         count, failed = self.faults.counted()
         self.faults.disarm()
         return Ended(code, said, raised, count, failed, printed)
+
+    def run(
+        self,
+        config: Path,
+        out: Path,
+        fault: Fault = NONE,
+        logged: bool = False,
+        changes: Sequence[str] = (),
+        below: Path | None = None,
+        **wishes: Any,
+    ) -> Ended:
+        """Do what is left of a run, with a fault below `out` or another folder; `changes` as `--set` takes them."""
+        return self._sit(below or out, fault, logged, config=config, out=out, changes=changes, wishes=wishes)
+
+    def dial(self, out: Path, name: str, t: float, fault: Fault = NONE) -> Ended:
+        """Turn the dial of a run to one value, with a fault below `out`."""
+        return self._sit(out, fault, False, out=out, dial=name, t=t)
+
+    def export(self, out: Path, name: str, to: Path, fault: Fault = NONE, logged: bool = False) -> Ended:
+        """Export a checkpoint, with a fault below the folder that `to` is in."""
+        return self._sit(to.parent, fault, logged, out=out, name=name, to=to)
 
     def __enter__(self) -> Sittings:
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.close()
         self._process.wait(20)
+        self._process.stdout.close()
+        self._log.close()
 
 
-def serve(log: Path) -> None:
+def serve(log: str) -> None:
     """The process itself: a line in, a sitting, a line out."""
     from rich.console import Console
 
-    from harness import loop
+    from harness import dial, export, lineage, loop
     from harness.config import load, read_recipes
     from harness.errors import LoopError
+    from harness.files import refusal
+    from harness.model_card import Licence
     from harness.runner import LocalRunner
     from harness.view import View
 
-    def sitting(asked: Mapping[str, Any], console: Console) -> None:
-        settings = load(Path(asked["config"]), asked["asked"])
-        run = loop.prepare(settings, read_recipes(settings), Path(asked["out"]), View(console))
-        loop.go(run, View(console), runner)
+    def keeper() -> LocalRunner | None:
+        started = LocalRunner(Path(log), preloaded=True) if log else None
+        if started:
+            started.wait()
+        return started
+
+    def sitting(order: Mapping[str, Any], console: Console) -> None:
+        out = Path(order["out"])
+        if to := order.get("to"):
+            export.write(lineage.choose(out, order["name"]), Path(to), Licence("apache-2.0"), "me/mine")
+            return
+        if name := order.get("dial"):
+            loop.go(dial.prepare(out, name, [order["t"]], View(console)), View(console), runner, told=False)
+            return
+        settings = load(Path(order["config"]), {}, order["changes"])
+        recipes, wishes = read_recipes(settings, order["changes"]), loop.Wishes(**order["wishes"])
+        loop.go(loop.prepare(settings, recipes, out, View(console), wishes), View(console), runner)
 
     said, sys.stdout = sys.stdout, sys.stderr
-    runner = LocalRunner(log, preloaded=True)
-    runner.wait()
-    print(json.dumps([os.getpid(), runner._keeper.pid]), file=said, flush=True)
+    runner = keeper()
+    pids = [os.getpid(), *([runner._keeper.pid] if runner else [])]
+    print(json.dumps(pids), file=said, flush=True)
     for line in sys.stdin:
         console = Console(file=io.StringIO(), width=200, highlight=False)
         code, word, raised = 0, "", ""
-        try:
+        try:  # as harness.cli does
             sitting(json.loads(line), console)
         except LoopError as error:
             code, word = error.code, str(error)
+        except OSError as error:
+            code, word = (refused := refusal(error, Path.cwd())).code, str(refused)
         except Exception:
             code, raised = 1, traceback.format_exc()
-        if runner._gone or runner.stopped:
-            with Path(os.environ["FAULTS"]).open("r+b") as control:
-                control.write(bytes(LAYOUT.size))
+        if runner and (runner._gone or runner.stopped):
+            with Path(os.environ["FAULTS"]).open("r+b") as control:  # a new one is not to fail; what was counted stays
+                control.seek(BELOW)
+                control.write(b"\0")
             runner.close()
-            runner = LocalRunner(log, preloaded=True)
-            runner.wait()
+            runner = keeper()
+            pids = [os.getpid(), *([runner._keeper.pid] if runner else [])]
         printed = console.file.getvalue()  # type: ignore[attr-defined]
-        print(json.dumps([code, word, raised, printed, [os.getpid(), runner._keeper.pid]]), file=said, flush=True)
-    runner.close()
+        print(json.dumps([code, word, raised, printed, pids]), file=said, flush=True)
+    if runner:
+        runner.close()
 
 
 def copied(source: Path, target: Path, but: str = "") -> None:
@@ -207,4 +249,4 @@ def copied(source: Path, target: Path, but: str = "") -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    serve(Path(sys.argv[1]))
+    serve(sys.argv[1])

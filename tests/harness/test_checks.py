@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -310,6 +311,48 @@ def test_t_is_not_chosen_by_the_test() -> None:
 def test_training_prompts_have_no_answers_to_score() -> None:
     with pytest.raises(LoopError, match=r"^task mini_prompts asks training prompts"):
         checks.check_tasks([PROMPTS], [TEST, PROMPTS])
+
+
+# --- what a tool left ---
+
+
+def test_a_checkpoint_that_a_tool_left_whole_lacks_nothing(pair: tuple[Path, Path]) -> None:
+    assert checks.lost(pair[0], pair[1]) == []
+
+
+@pytest.mark.parametrize("name", CHECKPOINT)
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_what_a_tool_left_half_written_is_named(pair: tuple[Path, Path], name: str, kept: float) -> None:
+    file = pair[0] / name
+    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    # Half a text is a text: that mergekit could not copy one, `reconstruct` is told by its log.
+    assert checks.lost(pair[0], pair[1]) == ([] if kept and name == "chat_template.jinja" else [name])
+
+
+@pytest.mark.parametrize("name", CHECKPOINT)
+def test_what_a_tool_did_not_leave_is_named(pair: tuple[Path, Path], name: str) -> None:
+    (pair[0] / name).unlink()
+    assert checks.lost(pair[0], pair[1]) == ([] if name == "generation_config.json" else [name])  # not all have one
+
+
+def test_a_shard_that_the_index_names_is_missed(pair: tuple[Path, Path]) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (pair[0] / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert checks.lost(pair[0]) == ["model-2.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "mend"), [(errno.EACCES, "set HF_HOME to a folder"), (errno.ENOSPC, "free some")])
+def test_a_hub_s_checkpoint_that_cannot_be_kept(number: int, mend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/home/me/.cache/huggingface")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    with pytest.raises(LoopError, match=f"^--instruct owner/name: .*{mend}") as caught:
+        checks.local_checkpoint("owner/name", "instruct")
+    assert "network" not in str(caught.value)
+
+
+# --- the disk ---
 
 
 def disk(free: int) -> Callable[[object], Any]:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from harness import keeper, runner
+from harness.errors import LoopError, StageError
 from harness.runner import LocalRunner, Progress, ToolError
 
 # Programs to run, under the names that `python -m` finds them by.
@@ -25,6 +26,7 @@ PROGRAMS = {
     "refuses": "raise SystemExit('no: because of this')\n",
     "breaks": "print('so far')\nraise ValueError('the reason')\n",
     "sleeps": "import time\ntime.sleep(60)\n",
+    "fills": "open('/dev/full', 'wb', 0).write(bytes(1))\n",
     "naps": "import time\ntime.sleep(1)\n",
     "ticks": "import sys, time\nfor i in (1, 2, 3):\n"
     "    print(f'Tokenizing: {i * 33}%|###| {i}/3 [00:00<00:00]', end='\\r')\n"
@@ -112,6 +114,25 @@ def test_a_console_script_runs_as_typed(runner: LocalRunner, tmp_path: Path) -> 
     assert usage.wall_s < 30
     assert usage.peak_mb > 50
     assert [file.name for file in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_a_disk_that_refuses_the_keeper_ends_that_command_alone(either: LocalRunner, tmp_path: Path) -> None:
+    """Its lock, or its log; an hour's training beside it goes on."""
+    (tmp_path / "file").touch()
+    (tmp_path / "log.txt").touch()
+    for log, hold in ((tmp_path / "log.txt", tmp_path / "file/x.busy"), (tmp_path, tmp_path / "x.busy")):
+        with pytest.raises(
+            LoopError, match=r"cannot be written \(Not a directory\)|: Is a directory\nsee what is wrong"
+        ):
+            either.run(python("speaks"), {}, log, hold)
+    either.run(python("speaks"), {}, tmp_path / "log.txt", tmp_path / "x.busy")  # nobody has it
+
+
+def test_a_command_that_filled_the_disk_is_not_tried_again(either: LocalRunner, tmp_path: Path) -> None:
+    said = r"^python -m fills failed: no disk space left while writing .*\nfree some .*\nthe whole log: .*log.txt$"
+    with pytest.raises(StageError, match=said) as caught:
+        either.run(python("fills"), {}, tmp_path / "log.txt")
+    assert not isinstance(caught.value, ToolError)
 
 
 def test_nothing_reaches_the_terminal(either: LocalRunner, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from thinkswitch_plugin.kept_answers import SUFFIX, Kept, keeping
+from thinkswitch_plugin.kept_answers import SUFFIX, Kept, Unsaved, keeping
 
 STOP = 2  # batches before it is stopped
 
@@ -146,3 +147,21 @@ def test_a_recipe_that_is_none_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=r"recipe.yml: cannot be read") as ended:
             kept_answers.main()
     assert "\n" not in str(ended.value)
+
+
+def test_what_lm_eval_could_not_save_ends_it(tmp_path: Path) -> None:
+    """It would say so in a warning, ask on, and exit with 0."""
+    from lm_eval.loggers import EvaluationTracker, evaluation_tracker
+
+    (tmp_path / "file").touch()
+    tracker = EvaluationTracker(output_path=str(tmp_path / "file" / "results.json"))
+    handler, said = Unsaved(logging.WARNING), logging.getLogger(evaluation_tracker.__name__)
+    said.addHandler(handler)
+    try:
+        said.warning("something else")
+        with pytest.raises(SystemExit, match=r"^lm-eval: Could not save sample results: FileExistsError"):
+            tracker.save_results_samples("task", [])
+        with pytest.raises(SystemExit, match=r"^lm-eval: Could not save results aggregated: FileExistsError"):
+            tracker.save_results_aggregated({"results": {}, "configs": {}}, {})
+    finally:
+        said.removeHandler(handler)

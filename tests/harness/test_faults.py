@@ -1,0 +1,461 @@
+"""A disk that refuses, and commands that die: one message, nothing corrupted, and the next start goes on.
+
+Each fault is followed by the plain command, which has to end in what the undisturbed run ended in: rows, outcomes, and
+every file of its checkpoints that a loader reads. A sitting that ends well in spite of a fault has to have that then.
+
+One stage of a run that is done is taken away before each fault, so that a sitting takes as long as that stage. Every
+write of `ts-loop` itself and its keeper fails in turn; of the tools, the disk is full from the second call on each kind
+of file, the last call on it fails with EIO and the first with EACCES. What a tool does without the C library (a Rust
+library's renames) is out of reach.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from exported import made_up
+from faults import EXIT_3, HANG, NO_MEMORY, NONE, REFUSALS, Call, Ended, Fault, Faults, Sittings, copied
+from small import TS_LOOP, small_loop
+from test_stops import left
+
+from harness.config import LoopConfig
+from harness.files import below, digest
+from harness.store import loaded
+
+pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="the library that makes calls fail is compiled by cc")
+
+# What a person is told to do: of a full disk, of a broken one, of a folder that is another's, of a tool.
+MENDS = ("free some and run the same command again", "run the same command again", "choose another folder by --out")
+TOLD = ("was told how it went", "was not told how it went", "its page could not be written", "not published yet")
+ASIDE = (".known.json", ".run.lock", "run.json", ".tasks.json", ".lock")  # lost without a word: asked or noted again
+NAMES = (
+    (r"-[0-9a-f]{20}", "-*"),
+    (r"20\d\d-[\dT:.-]+\d", "*"),
+    (r"/\.tmp\w+", "/.tmp*"),
+    (r"/[0-9a-f]{32}", "/*"),
+    (r"\.json\.\d+$", ".json.*"),
+    (r"checkpoint-\d+", "checkpoint-*"),
+)
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
+    return Faults(tmp_path_factory.mktemp("faults"))
+
+
+class Undisturbed(NamedTuple):
+    """A run that is done: its loop.yml, where its store and its folder are, and what it came to."""
+
+    config: Path
+    out: Path
+    came_to: dict[str, str]
+
+    def without(self, kind: str, out: Path) -> None:
+        """Put it elsewhere, without the last stage of a kind."""
+        keys = sorted(folder.name for folder in (self.out / "stages").glob(f"{kind}-*")) if kind else [""]
+        copied(self.out, out, keys[-1])
+
+
+def came_to(out: Path) -> dict[str, str]:
+    """What a run comes to, with every file of its checkpoints that is loaded."""
+    found = {name: what for name, what in left(out).items() if not name.endswith(".safetensors")}
+    for folder in sorted(path for path in (out / "small").glob("iter_*/*/*") if (path / "config.json").exists()):
+        found |= {str(file.relative_to(out)): digest(file) for file in loaded(folder)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def sittings(faults: Faults, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sittings]:
+    with Sittings(faults, tmp_path_factory.mktemp("sittings") / "log.txt") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipes: Path, sittings: Sittings, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = small_loop(recipes, folder / "mine", limit=8)
+    ended = sittings.run(config, folder / "runs")
+    assert (ended.code, ended.raised) == (0, ""), ended.said
+    return Undisturbed(config, folder / "runs", came_to(folder / "runs"))
+
+
+def held(ended: Ended, out: Path, wanted: Undisturbed, call: str, quiet: tuple[str, ...] = ASIDE) -> bool:
+    """See that a sitting with a fault ended as it has to; returns whether it ended well."""
+    told = f"{call}: {ended.said}{ended.raised}\n{ended.printed}"
+    assert not ended.raised, told
+    if ended.code == 0:
+        assert came_to(out) == wanted.came_to, told
+        # Where a folder was there already, or a lock is asked for twice, nothing is lost.
+        silent = "mkdir" in call or any(name in call for name in quiet)
+        assert silent or any(words in ended.printed for words in TOLD), told
+        return True
+    lines = ended.said.splitlines()
+    assert 0 < len(lines) <= 3, told
+    assert "Traceback" not in ended.said
+    assert str(out) in ended.said, told
+    assert any(mend in ended.said for mend in MENDS) or "the whole log: " in ended.said, told
+    return False
+
+
+def goes_on(sittings: Sittings, wanted: Undisturbed, out: Path, call: str) -> None:
+    """The plain command ends in what the undisturbed one ended in."""
+    ended = sittings.run(wanted.config, out)
+    assert (ended.code, ended.raised) == (0, ""), f"{call}: {ended.said}"
+    assert came_to(out) == wanted.came_to, call
+
+
+def named(path: str) -> str:
+    """A path as others of its kind have it."""
+    for like, name in NAMES:
+        path = re.sub(like, name, path)
+    return path.removeprefix("/")
+
+
+# --- what is short enough for each time ---
+
+
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_export_is_whole_or_is_not_there(faults: Faults, shipped: LoopConfig, tmp_path: Path, step: int) -> None:
+    """Each `step`th of its writes fails in turn, in each way; then it is killed, early and as it ends."""
+    made_up(shipped, tmp_path / "made")
+    to = tmp_path / "out" / "there"
+    to.parent.mkdir()
+    count = 0
+    with Sittings(faults, tmp_path / "log.txt", preloaded=False) as sittings:
+        assert sittings.export(tmp_path / "made", "mine:instruct@2", to).code == 0
+        whole = {path.relative_to(to): digest(path) for path in below(to)}
+        for error in REFUSALS:
+            for number in range(1, 200, step):
+                shutil.rmtree(to, ignore_errors=True)
+                ended = sittings.export(tmp_path / "made", "mine:instruct@2", to, Fault(error, number))
+                if not ended.failed:
+                    break
+                count += 1
+                if ended.code == 0:  # a copy is tried in a second way where the first fails
+                    assert {path.relative_to(to): digest(path) for path in below(to)} == whole
+                    continue
+                assert (ended.raised, to.exists()) == ("", False)
+                assert len(ended.said.splitlines()) <= 2
+                assert str(to) in ended.said
+                assert "--out" not in ended.said
+        assert count > 60 / step
+        shutil.rmtree(to, ignore_errors=True)
+        killed = Fault(-signal.SIGKILL, 1, like="there/.unfinished/README.md")
+        sittings.export(tmp_path / "made", "mine:instruct@2", to, killed)
+    assert [path.name for path in to.iterdir()] == [".unfinished"]
+    with Sittings(faults, tmp_path / "log.txt", preloaded=False) as sittings:
+        assert sittings.export(tmp_path / "made", "mine:instruct@2", to).code == 0
+        assert {path.relative_to(to): digest(path) for path in below(to)} == whole
+        shutil.rmtree(to)
+        sittings.export(tmp_path / "made", "mine:instruct@2", to, Fault(-signal.SIGKILL, 1, like="there/config.json"))
+    assert not (to / "config.json").exists()
+    assert (to / "model.safetensors").exists()
+
+
+# --- writes ---
+
+OURS = {"reconstruct": REFUSALS, "evaluate": (), "generate": (), "distill": ()}  # (): each write in one of the ways
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", OURS)
+def test_each_write_of_ours_fails_in_turn(
+    kind: str, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Over the whole sitting of a short stage; of a longer one, over what it does in its own folder and for it."""
+    out, begun, count, well = tmp_path / "runs", time.monotonic(), 0, 0
+    like = "" if kind == "reconstruct" else f"stages/*{kind}-*"
+    for turn in range(len(OURS[kind]) or 1):
+        number = 0
+        while True:
+            number += 1
+            error = REFUSALS[(number + turn) % len(REFUSALS)]
+            undisturbed.without(kind, out)
+            ended = sittings.run(undisturbed.config, out, Fault(error, number, like=like, who="ours"), logged=True)
+            if not ended.failed:
+                break
+            count += 1
+            call = told_of(next(one for one in sittings.faults.calls() if one.number == number), error)
+            well += held(ended, out, undisturbed, call)
+            goes_on(sittings, undisturbed, out, call)
+    print(f"{kind}: {count} faults, {well} of them harmless, {time.monotonic() - begun:.0f} s")
+    assert count > 30
+
+
+def told_of(call: Call, error: int) -> str:
+    return f"{errno.errorcode.get(error, error)} {call.number} {call.what} {call.path}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_each_first_write_of_a_new_folder_fails_in_turn(
+    sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """No run folder, locks or digests yet, and all stages but one."""
+    out, begun, count = tmp_path / "runs", time.monotonic(), 0
+    number = 0
+    while True:
+        number += 1
+        error = REFUSALS[number % len(REFUSALS)]
+        undisturbed.without("reconstruct", out)
+        shutil.rmtree(out / "small")
+        (out / "stages/.known.json").unlink()
+        shutil.rmtree(out / "stages/.locks")
+        ended = sittings.run(undisturbed.config, out, Fault(error, number, who="ours"), logged=True)
+        if not ended.failed or number > FIRST:
+            break
+        count += 1
+        call = told_of(next(one for one in sittings.faults.calls() if one.number == number), error)
+        held(ended, out, undisturbed, call)
+        goes_on(sittings, undisturbed, out, call)
+    print(f"a new folder: {count} faults, {time.monotonic() - begun:.0f} s")
+    assert count > 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", OURS)
+def test_writes_of_the_tools_fail(kind: str, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Each kind of file; see the module for which call fails how."""
+    out, begun, count, well = tmp_path / "runs", time.monotonic(), 0, []
+    undisturbed.without(kind, out)
+    sittings.run(undisturbed.config, out, Fault(who="theirs"), logged=True)
+    by: dict[str, list[Call]] = {}
+    for call in sittings.faults.calls():
+        by.setdefault(named(call.path), []).append(call)
+    assert len(by) > 3
+    for like, calls in by.items():
+        for fault in (
+            Fault(errno.ENOSPC, min(2, len(calls)), True, like, "theirs"),
+            Fault(errno.EIO, len(calls), like=like, who="theirs"),
+            Fault(errno.EACCES, 1, like=like, who="theirs"),
+        ):
+            undisturbed.without(kind, out)
+            ended = sittings.run(undisturbed.config, out, fault)
+            what = told_of(calls[fault.first - 1]._replace(path=like), fault.error)
+            count += ended.failed > 0
+            # A line of its own log that a tool could not write has nobody to be told to.
+            if held(ended, out, undisturbed, what, quiet=("log.txt", "debug.log", *HARMLESS)) and ended.failed:
+                well.append(what)
+            if ended.failed and fault.ever:
+                assert ended.code == 1
+                assert "no disk space left while writing" in ended.said, f"{what}: {ended.said}"
+            goes_on(sittings, undisturbed, out, what)
+    print(f"{kind}: {len(by)} kinds of file, {count} faults, {time.monotonic() - begun:.0f} s; ended well: {well}")
+
+
+FIRST = 70  # writes, after which its stage is under way
+HARMLESS = ("process_counter.txt", "datasets_prep.lock", "datasets_ready.flag")  # of the preparation, taken away
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_each_kind_of_file_that_cannot_be_read(sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """EIO, in a run whose stages are all looked at (--verify), and of the pair."""
+    out, begun = tmp_path / "runs", time.monotonic()
+    undisturbed.without("reconstruct", out)
+    sittings.run(undisturbed.config, out, Fault(who="ours", reads=True), logged=True, verify=True)
+    kinds = list(dict.fromkeys(named(call.path) for call in sittings.faults.calls() if "read" in call.what))
+    count = 0
+    for like in kinds:
+        undisturbed.without("reconstruct", out)
+        ended = sittings.run(
+            undisturbed.config, out, Fault(errno.EIO, 1, like=like, who="ours", reads=True), verify=True
+        )
+        count += ended.failed > 0
+        held(ended, out, undisturbed, f"read {like}", quiet=(*ASIDE, "/log.txt"))
+        goes_on(sittings, undisturbed, out, like)
+    (pair,) = {Path(json.loads((out / "small/run.json").read_text())["asked"][who]).parent for who in ("instruct",)}
+    (out / "stages/.known.json").unlink()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        fault = Fault(errno.EIO, 1, like=f"instruct/{name}", who="ours", reads=True)
+        ended = sittings.run(undisturbed.config, out, fault, below=pair, verify=True)
+        assert (ended.failed, ended.raised) == (1, "")
+        assert name in ended.said
+        assert ended.code != 0
+    print(f"{len(kinds)} kinds of file, {count} faults, {time.monotonic() - begun:.0f} s")
+
+
+# --- deaths ---
+
+WAYS = {"SIGKILL": -signal.SIGKILL, "SIGSEGV": -signal.SIGSEGV, "exit 3": EXIT_3, "hang": HANG, "memory": NO_MEMORY}
+# A file that a command writes, and no other of its stage.
+COMMANDS = {
+    "generate": ("generate", "*.answered.jsonl"),
+    "train": ("distill", "adapter/adapter_config.json"),
+    "merge": ("distill", "adapter/merged/*"),
+    "reconstruct": ("reconstruct", "thinking/*"),
+    "evaluate": ("evaluate", "*.answered.jsonl"),
+}
+SAID = {"SIGKILL": "killed by SIGKILL (out of memory?)", "SIGSEGV": "killed by SIGSEGV", "hang": "it took longer than"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_dies_in_turn(command: str, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """In each way; without a second try, then with one, which ends as the undisturbed run did."""
+    (kind, name), out, begun = COMMANDS[command], tmp_path / "runs", time.monotonic()
+    limit = f"limits={{{kind}: {0.006 if kind == 'distill' else 0.003}}}"
+    for way, error in WAYS.items():
+        # Of memory it wants more until it begins to answer, and none after it has.
+        early = way == "memory" and name.endswith("answered.jsonl")
+        fault = Fault(error, 1, like=f"stages/{kind}-*/{'log.txt' if early else name}", who="theirs")
+        undisturbed.without(kind, out)
+        ended = sittings.run(undisturbed.config, out, fault, changes=[limit])
+        assert (ended.failed, ended.code, ended.raised) == (1, 1, ""), f"{way}: {ended.said}"
+        assert SAID.get(way, "failed: ") in ended.said, f"{way}: {ended.said}"
+        assert len(ended.said.splitlines()) == 2
+        goes_on(sittings, undisturbed, out, f"{command} {way}")
+        undisturbed.without(kind, out)
+        ended = sittings.run(undisturbed.config, out, fault, changes=[limit, "retries=1"])
+        assert (ended.failed, ended.code) == (1, 0), f"{way}: {ended.said}"
+        assert "tried again" in ended.printed
+        assert came_to(out) == undisturbed.came_to
+    print(f"{command}: {2 * len(WAYS)} deaths, {time.monotonic() - begun:.0f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_choosing_and_comparing_die_in_turn(
+    recipes: Path, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """The commands of ours: of a run whose t is chosen, and of a dial."""
+    ways = {way: error for way, error in WAYS.items() if error != HANG}  # they have no limit
+    done, out = tmp_path / "done", tmp_path / "runs"
+    copied(undisturbed.out, done)
+    assert sittings.run(undisturbed.config, done, changes=["t=auto"]).code == 0
+    assert sittings.dial(done, "small", 0.5).code == 0
+    came = {kind: results(done, run) for kind, run in (("choose", "small"), ("angles", "small.dial"))}
+    for kind, name in (("choose", "choice.json*"), ("angles", "*angles.json*")):
+        (key, *_) = sorted(folder.name for folder in (done / "stages").glob(f"{kind}-*"))
+        for way, error in ways.items():
+            for again in ((), ("retries=1",)):
+                if again and kind == "angles":
+                    continue  # a dial asks for what its run asked for
+                copied(done, out, key)
+                fault = Fault(error, 1, like=f"stages/{kind}-*/*{name}", who="theirs")
+
+                def sit(fault: Fault, kind: str = kind, again: tuple[str, ...] = again) -> Ended:
+                    if kind == "angles":
+                        return sittings.dial(out, "small", 0.5, fault)
+                    return sittings.run(undisturbed.config, out, fault, changes=["t=auto", *again])
+
+                ended = sit(fault)
+                assert (ended.failed, ended.raised) == (1, "")
+                assert (ended.code, bool(ended.said)) == ((0, False) if again else (1, True)), f"{way}: {ended.said}"
+                assert sit(NONE).code == 0
+                assert results(out, "small.dial" if kind == "angles" else "small") == came[kind]
+
+
+def results(out: Path, run: str) -> tuple[object, str]:
+    return json.loads((out / run / "results.json").read_text())["rows"], (out / run / "outcomes.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_the_keeper_is_killed(sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """As it takes the lock that says that something of a stage is alive."""
+    out = tmp_path / "runs"
+    for error in (-signal.SIGKILL, -signal.SIGSEGV):
+        undisturbed.without("evaluate", out)
+        ended = sittings.run(undisturbed.config, out, Fault(error, 1, like="stages/.locks/*.busy", who="ours"))
+        assert (ended.failed, ended.code) == (1, 1)
+        assert "the process that ran it was killed (out of memory?)" in ended.said
+        assert len(ended.said.splitlines()) == 2
+        goes_on(sittings, undisturbed, out, "the keeper")
+
+
+# --- the command itself ---
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("error", REFUSALS)
+def test_the_command_says_it_in_a_few_lines(
+    error: int, faults: Faults, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """`ts-loop` as it is typed, on a store that has nothing yet, and where each stage is marked done."""
+    command = [TS_LOOP, "--config", str(undisturbed.config), "--out", str(tmp_path / "runs")]
+    ever = error == errno.ENOSPC
+    for like in (
+        "stages/.known.json",
+        "small/.alive",
+        "stages/evaluate-*/.stage.json*",
+        "stages/distill-*/.stage.json*",
+    ):
+        faults.arm(Fault(error, 1, ever, like), tmp_path / "runs")
+        said = subprocess.run(command, env=faults.environment, capture_output=True, text=True, check=False, timeout=300)
+        _, failed = faults.counted()
+        faults.disarm()
+        if said.returncode == 0:
+            continue
+        assert failed, said.stderr
+        assert said.returncode in (1, 2)
+        assert "Traceback" not in said.stderr + said.stdout
+        assert 0 < len(said.stderr.splitlines()) <= 3
+        assert said.stderr.startswith("ts-loop: ")
+        assert any(mend in said.stderr for mend in MENDS)
+    plain = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert plain.returncode == 0, plain.stderr
+    assert came_to(tmp_path / "runs") == undisturbed.came_to
+
+
+FILLED = """
+import subprocess, sys, time
+from pathlib import Path
+out, *command = sys.argv[1:]
+out = Path(out)
+out.mkdir()
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", out], check=True)
+running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+while not list((out / "stages").glob("distill-*/adapter/checkpoint-*")) and running.poll() is None:
+    time.sleep(0.01)
+with (out / "of somebody else").open("wb", 0) as file:  # to the last byte
+    size = 1 << 20
+    while size:
+        try:
+            file.write(bytes(size))
+        except OSError:
+            size //= 2
+begun = time.monotonic()
+said = running.communicate()[1]
+print(running.returncode, round(time.monotonic() - begun, 1), said.replace("\\n", " | "), flush=True)
+(out / "of somebody else").unlink()
+print(subprocess.run(command, stdout=subprocess.DEVNULL).returncode, flush=True)
+subprocess.run(["cp", "-a", str(out) + "/.", str(out) + ".kept"], check=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_disk_that_is_really_full(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """A small one, which somebody else fills while instruct is trained; it goes on once there is room."""
+    own = ["unshare", "-rm"]
+    if subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("no file system can be mounted here, not in a namespace of its own either")
+    out = tmp_path / "runs"
+    command = [TS_LOOP, "--config", str(undisturbed.config), "--out", str(out)]
+    ran = subprocess.run(
+        [*own, sys.executable, "-c", FILLED, str(out), *command], capture_output=True, text=True, check=False
+    )
+    first, second = ran.stdout.splitlines()
+    code, seconds, said = first.split(" ", 2)
+    assert code == "1", ran.stdout + ran.stderr
+    assert float(seconds) < 20
+    assert "no disk space left while writing" in said
+    assert said.count(" | ") <= 3
+    assert second == "0"
+    shutil.move(f"{out}.kept", tmp_path / "kept")
+    assert came_to(tmp_path / "kept") == undisturbed.came_to
