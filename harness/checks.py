@@ -423,8 +423,21 @@ def check_accelerator(recipes: Mapping[str, Mapping[str, Any]], there: bool, bf1
             )
 
 
+def disk_needed(left: float, largest: float) -> float:
+    """Bytes that a run takes on the disk at its peak: what `plan` says, and what is asked for before anything runs.
+
+    Args:
+        left: bytes of checkpoints that its stages leave.
+        largest: the most that one of them writes beside those while it runs; a checkpoint, if it writes one.
+
+    Returns:
+        Their sum, and a twentieth of it: adapters, answers, logs.
+    """
+    return 1.05 * (left + largest)
+
+
 def check_disk(root: Path, checkpoint: Path, checkpoints: int) -> None:
-    """Room for the checkpoints that a run is still to write, and for a merge under way.
+    """Room for the checkpoints that a run is still to write, and for one under way.
 
     Args:
         root: where they go.
@@ -435,7 +448,7 @@ def check_disk(root: Path, checkpoint: Path, checkpoints: int) -> None:
         LoopError: with what is needed and what is free, in GB.
     """
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    needed = int(weights * (checkpoints + 1) * 1.05) if checkpoints else 0
+    needed = disk_needed(weights * checkpoints, weights) if checkpoints else 0
     place, free = free_disk(root)
     if free < needed:
         raise LoopError(

@@ -155,16 +155,19 @@ def made_for_a_gpu(recipes: Mapping[str, Recipe], card: Card) -> list[str]:
 
 def totals(lines: list[Estimate], per_hour: float | None) -> dict[str, float | None]:
     """Of the whole run: tokens at most, seconds and dollars about (None where a part is unknown), bytes of disk."""
+    from harness.checks import disk_needed
+
     seconds = None if any(line.seconds is None and line.tokens for line in lines) else 0.0
     if seconds is not None:
         seconds = sum(line.seconds or 0.0 for line in lines)
     leaves = sum(line.leaves for line in lines)
+    largest = max((max(line.beside, line.leaves / len(line.iterations)) for line in lines), default=0.0)
     return {
         "tokens": sum(line.tokens or 0.0 for line in lines),
         "seconds": seconds,
         "usd": None if seconds is None or per_hour is None else seconds / 3600 * per_hour,
         "disk": leaves,
-        "disk_peak": leaves + max((line.beside for line in lines), default=0.0),
+        "disk_peak": disk_needed(leaves, largest),
     }
 
 

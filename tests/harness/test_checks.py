@@ -17,6 +17,8 @@ import pytest
 from made_runs import task
 
 from harness import checks
+from harness.cli.plan import totals
+from harness.costs.estimate import Estimate
 from harness.errors import LoopError, StageError
 
 CHECKPOINT = (
@@ -374,6 +376,19 @@ def test_room_for_all_checkpoints_and_a_merge_under_way(
         checks.check_disk(root, pair[0], 4)
     assert str(tmp_path) in str(caught.value)
     assert not isinstance(caught.value, StageError)  # nothing has been run
+
+
+def test_a_run_is_refused_where_its_plan_says_that_the_disk_is_too_small(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (pair[0] / "model.safetensors").stat().st_size
+    lines = [Estimate(name, "", (1, 2), 0.0, leaves=2.0 * size) for name in ("distill", "reconstruct")]
+    most = totals(lines, None)["disk_peak"] or 0.0
+    monkeypatch.setattr(shutil, "disk_usage", disk(round(most) + 1))
+    checks.check_disk(tmp_path, pair[0], 4)
+    monkeypatch.setattr(shutil, "disk_usage", disk(round(most) - 1))
+    with pytest.raises(LoopError, match="no disk space: 4 checkpoints"):
+        checks.check_disk(tmp_path, pair[0], 4)
 
 
 def test_a_run_that_writes_no_checkpoint_needs_no_room_for_one(

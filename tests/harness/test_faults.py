@@ -38,7 +38,14 @@ pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="the library that
 # What a person is told to do: of a full disk, of a broken one, of a folder that is another's, of a tool.
 MENDS = ("free some and run the same command again", "run the same command again", "choose another folder by --out")
 TOLD = ("was told how it went", "was not told how it went", "its page could not be written", "not published yet")
-ASIDE = (".known.json", ".run.lock", "run.json", ".tasks.json", ".lock")  # lost without a word: asked or noted again
+ASIDE = (
+    "sync /small",
+    ".known.json",
+    ".run.lock",
+    "run.json",
+    ".tasks.json",
+    ".lock",
+)  # lost without a word: asked or noted again
 NAMES = (
     (r"-[0-9a-f]{20}", "-*"),
     (r"20\d\d-[\dT:.-]+\d", "*"),
@@ -90,29 +97,55 @@ def undisturbed(recipes: Path, sittings: Sittings, tmp_path_factory: pytest.Temp
     return Undisturbed(config, folder / "runs", came_to(folder / "runs"))
 
 
-def held(ended: Ended, out: Path, wanted: Undisturbed, call: str, quiet: tuple[str, ...] = ASIDE) -> bool:
-    """See that a sitting with a fault ended as it has to; returns whether it ended well."""
-    told = f"{call}: {ended.said}{ended.raised}\n{ended.printed}"
-    assert not ended.raised, told
-    if ended.code == 0:
-        assert came_to(out) == wanted.came_to, told
-        # Where a folder was there already, or a lock is asked for twice, nothing is lost.
-        silent = "mkdir" in call or any(name in call for name in quiet)
-        assert silent or any(words in ended.printed for words in TOLD), told
-        return True
-    lines = ended.said.splitlines()
-    assert 0 < len(lines) <= 3, told
-    assert "Traceback" not in ended.said
-    assert str(out) in ended.said, told
-    assert any(mend in ended.said for mend in MENDS) or "the whole log: " in ended.said, told
-    return False
+class Faulted:
+    """What sittings with faults came to: how many there were, which ended well, which did not end as they have to."""
 
+    def __init__(self, sittings: Sittings, wanted: Undisturbed, out: Path):
+        """`out` is where the runs are."""
+        self.sittings, self.wanted, self.out = sittings, wanted, out
+        self.count, self.begun = 0, time.monotonic()
+        self.well: list[str] = []
+        self.wrong: list[str] = []
 
-def goes_on(sittings: Sittings, wanted: Undisturbed, out: Path, call: str) -> None:
-    """The plain command ends in what the undisturbed one ended in."""
-    ended = sittings.run(wanted.config, out)
-    assert (ended.code, ended.raised) == (0, ""), f"{call}: {ended.said}"
-    assert came_to(out) == wanted.came_to, call
+    def look(self, ended: Ended, call: str, quiet: tuple[str, ...] = ASIDE, full: bool = False) -> None:
+        """See how a sitting with a fault in a call ended; `full`: it has to say that the disk is."""
+        if ended.failed:
+            self.count += 1
+        if ended.raised:
+            self._say(call, ended, "a traceback")
+        elif ended.code == 0:
+            if ended.failed:
+                self.well.append(call)
+            # Where a folder was there already, nothing is lost.
+            silent = not ended.failed or "mkdir" in call or any(name in call for name in quiet)
+            if came_to(self.out) != self.wanted.came_to:
+                self._say(call, ended, "something is lost")
+            elif not silent and not any(words in ended.printed for words in TOLD):
+                self._say(call, ended, "nothing is said")
+        elif not 0 < len(ended.said.splitlines()) <= 3 or str(self.out) not in ended.said:
+            self._say(call, ended, "not a few lines that say where")
+        elif not any(mend in ended.said for mend in MENDS) and "the whole log: " not in ended.said:
+            self._say(call, ended, "does not say what to do")
+        if full and ended.failed and (ended.code != 1 or "no disk space left while writing" not in ended.said):
+            self._say(call, ended, "does not say that the disk is full")
+
+    def goes_on(self, call: str) -> None:
+        """The plain command ends in what the undisturbed one ended in."""
+        ended = self.sittings.run(self.wanted.config, self.out)
+        if ended.code or ended.raised:
+            self._say(call, ended, "does not go on")
+        elif came_to(self.out) != self.wanted.came_to:
+            self._say(call, ended, "goes on to something else")
+
+    def _say(self, call: str, ended: Ended, what: str) -> None:
+        self.wrong.append(f"{call}: {what} ({ended.code}) {ended.said}{ended.raised[-2000:]}")
+
+    def end(self, what: str, least: int) -> None:
+        """Print what there was, and see that it was enough and that nothing went wrong."""
+        lasted = time.monotonic() - self.begun
+        print(f"{what}: {self.count} faults in {lasted:.0f} s; {len(self.well)} ended well: {'; '.join(self.well)}")
+        assert not self.wrong, "\n".join(self.wrong)
+        assert self.count >= least
 
 
 def named(path: str) -> str:
@@ -175,23 +208,19 @@ def test_each_write_of_ours_fails_in_turn(
     kind: str, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     """Over the whole sitting of a short stage; of a longer one, over what it does in its own folder and for it."""
-    out, begun, count, well = tmp_path / "runs", time.monotonic(), 0, 0
+    seen = Faulted(sittings, undisturbed, tmp_path / "runs")
     like = "" if kind == "reconstruct" else f"stages/*{kind}-*"
     for turn in range(len(OURS[kind]) or 1):
-        number = 0
-        while True:
-            number += 1
+        for number in range(1, 1000):
             error = REFUSALS[(number + turn) % len(REFUSALS)]
-            undisturbed.without(kind, out)
-            ended = sittings.run(undisturbed.config, out, Fault(error, number, like=like, who="ours"), logged=True)
+            undisturbed.without(kind, seen.out)
+            ended = sittings.run(undisturbed.config, seen.out, Fault(error, number, like=like, who="ours"), logged=True)
             if not ended.failed:
                 break
-            count += 1
             call = told_of(next(one for one in sittings.faults.calls() if one.number == number), error)
-            well += held(ended, out, undisturbed, call)
-            goes_on(sittings, undisturbed, out, call)
-    print(f"{kind}: {count} faults, {well} of them harmless, {time.monotonic() - begun:.0f} s")
-    assert count > 30
+            seen.look(ended, call)
+            seen.goes_on(call)
+    seen.end(f"ours, {kind}", 30)
 
 
 def told_of(call: Call, error: int) -> str:
@@ -204,24 +233,18 @@ def test_each_first_write_of_a_new_folder_fails_in_turn(
     sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     """No run folder, locks or digests yet, and all stages but one."""
-    out, begun, count = tmp_path / "runs", time.monotonic(), 0
-    number = 0
-    while True:
-        number += 1
+    seen = Faulted(sittings, undisturbed, out := tmp_path / "runs")
+    for number in range(1, FIRST):
         error = REFUSALS[number % len(REFUSALS)]
         undisturbed.without("reconstruct", out)
         shutil.rmtree(out / "small")
         (out / "stages/.known.json").unlink()
         shutil.rmtree(out / "stages/.locks")
         ended = sittings.run(undisturbed.config, out, Fault(error, number, who="ours"), logged=True)
-        if not ended.failed or number > FIRST:
-            break
-        count += 1
         call = told_of(next(one for one in sittings.faults.calls() if one.number == number), error)
-        held(ended, out, undisturbed, call)
-        goes_on(sittings, undisturbed, out, call)
-    print(f"a new folder: {count} faults, {time.monotonic() - begun:.0f} s")
-    assert count > 30
+        seen.look(ended, call)
+        seen.goes_on(call)
+    seen.end("a new folder", 60)
 
 
 @pytest.mark.slow
@@ -229,13 +252,12 @@ def test_each_first_write_of_a_new_folder_fails_in_turn(
 @pytest.mark.parametrize("kind", OURS)
 def test_writes_of_the_tools_fail(kind: str, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """Each kind of file; see the module for which call fails how."""
-    out, begun, count, well = tmp_path / "runs", time.monotonic(), 0, []
+    seen = Faulted(sittings, undisturbed, out := tmp_path / "runs")
     undisturbed.without(kind, out)
     sittings.run(undisturbed.config, out, Fault(who="theirs"), logged=True)
     by: dict[str, list[Call]] = {}
     for call in sittings.faults.calls():
         by.setdefault(named(call.path), []).append(call)
-    assert len(by) > 3
     for like, calls in by.items():
         for fault in (
             Fault(errno.ENOSPC, min(2, len(calls)), True, like, "theirs"),
@@ -245,15 +267,10 @@ def test_writes_of_the_tools_fail(kind: str, sittings: Sittings, undisturbed: Un
             undisturbed.without(kind, out)
             ended = sittings.run(undisturbed.config, out, fault)
             what = told_of(calls[fault.first - 1]._replace(path=like), fault.error)
-            count += ended.failed > 0
             # A line of its own log that a tool could not write has nobody to be told to.
-            if held(ended, out, undisturbed, what, quiet=("log.txt", "debug.log", *HARMLESS)) and ended.failed:
-                well.append(what)
-            if ended.failed and fault.ever:
-                assert ended.code == 1
-                assert "no disk space left while writing" in ended.said, f"{what}: {ended.said}"
-            goes_on(sittings, undisturbed, out, what)
-    print(f"{kind}: {len(by)} kinds of file, {count} faults, {time.monotonic() - begun:.0f} s; ended well: {well}")
+            seen.look(ended, what, quiet=("log.txt", "debug.log", *HARMLESS), full=fault.ever)
+            seen.goes_on(what)
+    seen.end(f"the tools, {kind}, {len(by)} kinds of file", 3 * len(by) - 6)
 
 
 FIRST = 70  # writes, after which its stage is under way
@@ -264,28 +281,22 @@ HARMLESS = ("process_counter.txt", "datasets_prep.lock", "datasets_ready.flag") 
 @pytest.mark.timeout(3600)
 def test_each_kind_of_file_that_cannot_be_read(sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """EIO, in a run whose stages are all looked at (--verify), and of the pair."""
-    out, begun = tmp_path / "runs", time.monotonic()
+    seen = Faulted(sittings, undisturbed, out := tmp_path / "runs")
     undisturbed.without("reconstruct", out)
     sittings.run(undisturbed.config, out, Fault(who="ours", reads=True), logged=True, verify=True)
-    kinds = list(dict.fromkeys(named(call.path) for call in sittings.faults.calls() if "read" in call.what))
-    count = 0
-    for like in kinds:
+    for like in dict.fromkeys(named(call.path) for call in sittings.faults.calls() if "read" in call.what):
         undisturbed.without("reconstruct", out)
-        ended = sittings.run(
-            undisturbed.config, out, Fault(errno.EIO, 1, like=like, who="ours", reads=True), verify=True
-        )
-        count += ended.failed > 0
-        held(ended, out, undisturbed, f"read {like}", quiet=(*ASIDE, "/log.txt"))
-        goes_on(sittings, undisturbed, out, like)
-    (pair,) = {Path(json.loads((out / "small/run.json").read_text())["asked"][who]).parent for who in ("instruct",)}
-    (out / "stages/.known.json").unlink()
+        fault = Fault(errno.EIO, 1, like=like, who="ours", reads=True)
+        seen.look(sittings.run(undisturbed.config, out, fault, verify=True), f"read {like}", (*ASIDE, "/log.txt"))
+        seen.goes_on(like)
+    pair = Path(json.loads((out / "small/run.json").read_text())["asked"]["instruct"]).parent
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         fault = Fault(errno.EIO, 1, like=f"instruct/{name}", who="ours", reads=True)
         ended = sittings.run(undisturbed.config, out, fault, below=pair, verify=True)
         assert (ended.failed, ended.raised) == (1, "")
         assert name in ended.said
         assert ended.code != 0
-    print(f"{len(kinds)} kinds of file, {count} faults, {time.monotonic() - begun:.0f} s")
+    seen.end("reads", 20)
 
 
 # --- deaths ---
@@ -307,7 +318,8 @@ SAID = {"SIGKILL": "killed by SIGKILL (out of memory?)", "SIGSEGV": "killed by S
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_dies_in_turn(command: str, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """In each way; without a second try, then with one, which ends as the undisturbed run did."""
-    (kind, name), out, begun = COMMANDS[command], tmp_path / "runs", time.monotonic()
+    kind, name = COMMANDS[command]
+    seen = Faulted(sittings, undisturbed, out := tmp_path / "runs")
     limit = f"limits={{{kind}: {0.006 if kind == 'distill' else 0.003}}}"
     for way, error in WAYS.items():
         # Of memory it wants more until it begins to answer, and none after it has.
@@ -318,13 +330,14 @@ def test_each_command_dies_in_turn(command: str, sittings: Sittings, undisturbed
         assert (ended.failed, ended.code, ended.raised) == (1, 1, ""), f"{way}: {ended.said}"
         assert SAID.get(way, "failed: ") in ended.said, f"{way}: {ended.said}"
         assert len(ended.said.splitlines()) == 2
-        goes_on(sittings, undisturbed, out, f"{command} {way}")
+        seen.look(ended, f"{command} {way}")
+        seen.goes_on(f"{command} {way}")
         undisturbed.without(kind, out)
         ended = sittings.run(undisturbed.config, out, fault, changes=[limit, "retries=1"])
         assert (ended.failed, ended.code) == (1, 0), f"{way}: {ended.said}"
         assert "tried again" in ended.printed
-        assert came_to(out) == undisturbed.came_to
-    print(f"{command}: {2 * len(WAYS)} deaths, {time.monotonic() - begun:.0f} s")
+        seen.look(ended, f"{command} {way}, a second try", (way,))
+    seen.end(f"deaths, {command}", 2 * len(WAYS))
 
 
 @pytest.mark.slow
@@ -367,14 +380,15 @@ def results(out: Path, run: str) -> tuple[object, str]:
 @pytest.mark.slow
 def test_the_keeper_is_killed(sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """As it takes the lock that says that something of a stage is alive."""
-    out = tmp_path / "runs"
+    seen = Faulted(sittings, undisturbed, out := tmp_path / "runs")
     for error in (-signal.SIGKILL, -signal.SIGSEGV):
         undisturbed.without("evaluate", out)
         ended = sittings.run(undisturbed.config, out, Fault(error, 1, like="stages/.locks/*.busy", who="ours"))
         assert (ended.failed, ended.code) == (1, 1)
         assert "the process that ran it was killed (out of memory?)" in ended.said
         assert len(ended.said.splitlines()) == 2
-        goes_on(sittings, undisturbed, out, "the keeper")
+        seen.goes_on("the keeper")
+    seen.end("the keeper", 0)
 
 
 # --- the command itself ---

@@ -69,7 +69,7 @@ def test_what_memory_main_memory_or_disk_cannot_hold_is_said_with_what_mends_it(
     assert said[-3:] == [
         "generate needs 1.00 GB more: mend it by --set nf4=true",
         "distill (gold) needs 3.00 GB more of main memory: a machine with more, a smaller pair",
-        "the disk needs 41.00 GB more: ts-loop gc, fewer iterations with --iters, or another disk with --out",
+        "the disk needs 88.00 GB more: ts-loop gc, fewer iterations with --iters, or another disk with --out",
     ]
     assert any("reconstruct" in line and "main memory" in line and "fits" not in line for line in said)
     whole = as_data(lines, of_size(4), None, 0.0, 59e9)
