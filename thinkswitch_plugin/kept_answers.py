@@ -156,6 +156,11 @@ def of_server(model: type) -> type:
             replies = outputs if isinstance(outputs, list) else [outputs]
             return [whole(one) for reply in replies for one in sorted(reply["choices"], key=itemgetter("index"))]
 
+        def _create_payload(self, *said: Any, eos: str | None = None, **more: Any) -> dict[str, Any]:
+            # Of several questions at once lm-eval does not say where an answer ends, and a server may fail of that.
+            payload: dict[str, Any] = super()._create_payload(*said, eos=eos or self.eos_string, **more)
+            return payload
+
     return Whole
 
 
