@@ -83,7 +83,8 @@ class LoopConfig(BaseModel):
     asks only so many questions and prompts a task. `arms` are baselines that are run beside it (`plan` says which);
     `gold` is a .jsonl of conversations with right answers, which only the arm of that name reads. `seeds` runs all of
     it once with each. `limits` are the hours that a stage of a kind may take (`{generate: 4}`): one that hangs ends
-    then. `retries` is how often a stage whose tool failed, or was ended so, is tried again, from where it was.
+    then; to choose t, or to compare weights, may take what a reconstruction may. `retries` is how often a stage whose
+    tool failed, or was ended so, is tried again, from where it was.
     `python` names the interpreter of another environment whose lm-eval runs a recipe
     (`{generate: ../vllm/bin/python}`): vLLM pins a torch of its own. `servers` has a recipe's questions asked of a
     server, which is started for each checkpoint and ended after it: `vllm`, `sglang`, `transformers`, or a command with

@@ -36,4 +36,4 @@ def note(facts: Facts) -> str:
     return f"{every.least:.2f}° to {every.most:.2f}° over {every.tensors} tensors"
 
 
-KIND = Kind("angles", "weights are compared", ("torch", "angles"), {}, read, note)
+KIND = Kind("angles", "weights are compared", ("torch", "angles"), {}, read, note, limited_as="reconstruct")

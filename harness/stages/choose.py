@@ -70,4 +70,4 @@ def note(facts: Facts) -> str:
     return str(facts["why"])
 
 
-KIND = Kind("choose", "t is chosen", TOOLS, {}, read, note, checkpoint=CHECKPOINT)
+KIND = Kind("choose", "t is chosen", TOOLS, {}, read, note, checkpoint=CHECKPOINT, limited_as="reconstruct")

@@ -351,15 +351,14 @@ def test_choosing_and_comparing_die_in_turn(
     recipes: Path, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     """The commands of ours: of a run whose t is chosen, and of a dial."""
-    ways = {way: error for way, error in WAYS.items() if error != HANG}  # they have no limit
-    done, out = tmp_path / "done", tmp_path / "runs"
+    done, out, asked = tmp_path / "done", tmp_path / "runs", ["t=auto", "limits={reconstruct: 0.003}"]
     copied(undisturbed.out, done)
-    assert sittings.run(undisturbed.config, done, changes=["t=auto"]).code == 0
+    assert sittings.run(undisturbed.config, done, changes=asked).code == 0
     assert sittings.dial(done, "small", 0.5).code == 0
     came = {kind: results(done, run) for kind, run in (("choose", "small"), ("angles", "small.dial"))}
     for kind, name in (("choose", "choice.json*"), ("angles", "*angles.json*")):
         (key, *_) = sorted(folder.name for folder in (done / "stages").glob(f"{kind}-*"))
-        for way, error in ways.items():
+        for way, error in WAYS.items():
             for again in ((), ("retries=1",)):
                 if again and kind == "angles":
                     continue  # a dial asks for what its run asked for
@@ -369,7 +368,7 @@ def test_choosing_and_comparing_die_in_turn(
                 def sit(fault: Fault, kind: str = kind, again: tuple[str, ...] = again) -> Ended:
                     if kind == "angles":
                         return sittings.dial(out, "small", 0.5, fault)
-                    return sittings.run(undisturbed.config, out, fault, changes=["t=auto", *again])
+                    return sittings.run(undisturbed.config, out, fault, changes=[*asked, *again])
 
                 ended = sit(fault)
                 assert (ended.failed, ended.raised) == (1, "")
