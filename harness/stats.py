@@ -135,7 +135,7 @@ def pass_at(answers: int, right: int, j: int) -> float:
 def holm(ps: Sequence[float]) -> list[float]:
     """The p-values of several comparisons, corrected for there being several (Holm, Scand. J. Statist. 6, 1979)."""
     order = sorted(range(len(ps)), key=lambda index: ps[index])
-    corrected, least = [0.0] * len(ps), 0.0
+    corrected, least = list(ps), 0.0
     for rank, index in enumerate(order):
         least = max(least, min(1.0, (len(ps) - rank) * ps[index]))
         corrected[index] = least
@@ -173,7 +173,7 @@ def _least(n: int, lost: float) -> float:
 
     if power(n, 1 - lost, lost) < POWER:
         return math.nan
-    found = optimize.brentq(lambda gained: power(n, gained, lost) - POWER, lost, 1 - lost, xtol=1e-4)
+    found = optimize.brentq(lambda gained: power(n, gained, lost) - POWER, lost, 1 - lost)
     return float(found) - lost
 
 
@@ -201,12 +201,12 @@ def difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
     and their correlation. Shares: the bootstrap over questions. Where `paired` does not find a difference, the interval
     reaches 0: it says no more than the test.
     """
-    n = len(before)
+    n, test = len(before), paired(before, after)
     if all(score in (0, 1) for score in (*before, *after)):
         p, q = mean(before), mean(after)
         (low_p, high_p), (low_q, high_q) = interval(before), interval(after)
-        both = math.fsum(b * a for b, a in zip(before, after, strict=True)) / n
-        scale, alike = math.sqrt(p * (1 - p) * q * (1 - q)), both - p * q
+        # Those that both get right are what the first does, but those that it loses.
+        scale, alike = math.sqrt(p * (1 - p) * q * (1 - q)), p - test.lost / n - p * q
         alike = max(alike - 1 / (2 * n), 0.0) if alike > 0 else alike  # Newcombe's correction for continuity
         phi = alike / scale if scale else 0.0
 
@@ -216,7 +216,7 @@ def difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
         found = Estimate(q - p, q - p - reach(q - low_q, high_p - p), q - p + reach(high_q - q, p - low_p))
     else:
         found = bootstrap(lambda b, a: _mean(a) - _mean(b), before, after)
-    if not math.isnan(found.low) and paired(before, after).p > 1 - LEVEL:
+    if not math.isnan(found.low) and test.p > 1 - LEVEL:
         found = found._replace(low=min(found.low, 0.0), high=max(found.high, 0.0))
     return found
 
@@ -243,7 +243,7 @@ def transferred(instruct: Sequence[float], learnt: Sequence[float], thinking: Se
         NaN throughout where thinking leads by nothing that these questions show (p > 0.05).
     """
     lead = paired(instruct, thinking)
-    if lead.p > 1 - LEVEL or lead.gained < lead.lost:
+    if lead.p > 1 - LEVEL or mean(thinking) < mean(instruct):
         return Estimate(math.nan, math.nan, math.nan)
     return bootstrap(lambda i, k, t: (_mean(k) - _mean(i)) / (_mean(t) - _mean(i)), instruct, learnt, thinking)
 
@@ -269,8 +269,8 @@ def bootstrap(statistic: Callable[..., Any], *columns: Sequence[float]) -> Estim
 
     if not columns[0] or len({len(column) for column in columns}) > 1:
         raise ValueError("a bootstrap needs the same questions in every column, one at least")
-    data = [np.asarray(column, dtype=np.float64) for column in columns]
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+    data = [np.asarray(column) for column in columns]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a draw without a right answer has no tokens for each
         value = float(statistic(*data))
         if len(data[0]) == 1 or not math.isfinite(value):
@@ -281,7 +281,9 @@ def bootstrap(statistic: Callable[..., Any], *columns: Sequence[float]) -> Estim
         if found.standard_error == 0:  # all questions alike: that says nothing of others
             return Estimate(value, math.nan, math.nan)
         if np.isnan(found.confidence_interval.low):  # its acceleration is not known
-            low, high = np.nanquantile(found.bootstrap_distribution, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+            # Draws as they are: between one that is finite and one that is not there is no number.
+            ends = (1 - LEVEL) / 2, (1 + LEVEL) / 2
+            low, high = np.nanquantile(found.bootstrap_distribution, ends, method="inverted_cdf")
             return Estimate(value, float(low), float(high))
     return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
