@@ -50,7 +50,7 @@ class Store:
 
     def every(self) -> list[str]:
         """The key of every stage that has a folder."""
-        return sorted(p.name for p in self.root.glob("*-*") if p.is_dir()) if self.root.is_dir() else []
+        return sorted(p.name for p in self.root.glob("*-*") if p.is_dir())
 
     def record(self, key: str) -> dict[str, Any] | None:
         """A finished stage's record; None if it never finished, or what it left is not there at its size.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 from filelock import FileLock
 from made_runs import finished, watched
 
-from harness.errors import LoopError
+from harness.errors import LoopError, StageError
 from harness.files import digest
 from harness.store import Known, Store, link, stamp
 
@@ -65,6 +67,17 @@ def empty_marker(folder: Path) -> None:
     (folder / "stage.json").write_text("")
 
 
+def change_marker(folder: Path) -> None:
+    marker = (folder / "stage.json").read_text()
+    (folder / "stage.json").write_text(marker.replace('"made_by": "test"', '"made_by": "tes"'))
+
+
+def take_digest(folder: Path) -> None:
+    marker = json.loads((folder / "stage.json").read_text())
+    del marker["digest"]
+    (folder / "stage.json").write_text(json.dumps(marker))
+
+
 def other_value(folder: Path) -> None:
     (folder / "stage.json").write_text("[]")
 
@@ -83,7 +96,18 @@ def truncate_output(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm", [change_key, halve_marker, empty_marker, other_value, take_output, grow_output, truncate_output]
+    "harm",
+    [
+        change_key,
+        change_marker,
+        take_digest,
+        halve_marker,
+        empty_marker,
+        other_value,
+        take_output,
+        grow_output,
+        truncate_output,
+    ],
 )
 def test_what_is_not_there_as_it_was_left_does_not_count(store: Store, harm: Callable[[Path], None]) -> None:
     folder = finished(store, KEY, {"answers/x.jsonl": b"{}\n"})
@@ -92,6 +116,28 @@ def test_what_is_not_there_as_it_was_left_does_not_count(store: Store, harm: Cal
     assert store.record(KEY) is None
     output = harm in (take_output, grow_output, truncate_output)
     assert store.damaged(KEY) == ["answers/x.jsonl" if output else "stage.json"]
+
+
+def test_a_marker_with_its_lines_in_another_order_is_the_same(store: Store) -> None:
+    folder = finished(store, KEY, {"b": b"1", "a": b"2"})
+    was = store.record(KEY)
+    marker = json.loads((folder / "stage.json").read_text())
+    (folder / "stage.json").write_text(json.dumps(dict(sorted(marker.items(), reverse=True))))
+    assert store.record(KEY) == was is not None
+
+
+def test_a_fact_that_json_has_no_word_for_is_kept_as_its_text(store: Store, tmp_path: Path) -> None:
+    finished(store, KEY, {}, facts={"from": tmp_path})
+    assert (store.record(KEY) or {})["facts"] == {"from": str(tmp_path)}
+
+
+def test_a_stage_s_mark_is_another_after_another_making(store: Store) -> None:
+    assert store.mark(KEY) is None
+    finished(store, KEY, {"log.txt": b"said"}, wall_s=1.0)
+    first = store.mark(KEY)
+    assert first == Store(store.root).mark(KEY) == digest(store.folder(KEY) / "stage.json")
+    finished(store, KEY, {"log.txt": b"said"}, wall_s=2.0)
+    assert store.mark(KEY) != first
 
 
 def test_a_stage_under_another_s_name_does_not_count(store: Store) -> None:
@@ -176,6 +222,58 @@ def test_one_flipped_bit_is_found(store: Store, bit: int) -> None:
     (folder / "a/weights").write_bytes(content)
     assert store.record(KEY) is not None  # by its size nobody can tell
     assert store.damaged(KEY) == ["a/weights"]
+
+
+def test_a_part_of_a_stage_is_looked_at_alone(store: Store) -> None:
+    folder = finished(store, KEY, {"a/x": b"1", "ab/x": b"3"})
+    for name in ("a/x", "ab/x"):
+        (folder / name).write_bytes(b"2")
+    assert store.damaged(KEY, "a") == ["a/x"]
+    assert store.damaged(KEY, "a/x") == ["a/x"]
+    assert store.damaged(KEY) == ["a/x", "ab/x"]
+
+
+def test_what_never_happened_is_not_damaged(store: Store) -> None:
+    assert store.damaged(KEY) == []
+    store.clear(KEY)
+    assert store.damaged(KEY) == []
+
+
+def test_a_stage_is_what_it_left_but_what_is_to_go(store: Store) -> None:
+    folder = store.clear(KEY)
+    for name in ("a/state", "b/deep/state", "c.txt", "log.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    store.finish(KEY, {}, [folder / "a", folder / "c.txt"])
+    assert sorted((store.record(KEY) or {})["outputs"]) == ["b/deep/state", "log.txt"]
+
+
+def test_a_stage_s_place_that_is_a_file_is_refused_in_words(store: Store) -> None:
+    store.root.mkdir(parents=True, exist_ok=True)
+    store.folder(KEY).touch()
+    with pytest.raises(LoopError, match="choose another folder by --out"):
+        store.clear(KEY)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, name: str, number: int, when: Callable[[], bool] = lambda: True) -> None:
+    """Have a call of `os` fail as a disk does, while `when` holds."""
+    real = getattr(os, name)
+
+    def call(*given: Any, **named: Any) -> Any:
+        if when():
+            raise OSError(number, os.strerror(number))
+        return real(*given, **named)
+
+    monkeypatch.setattr(os, name, call)
+
+
+def test_a_full_disk_is_told_with_its_place(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = store.clear(KEY)
+    (folder / "log.txt").write_text("said")
+    refused(monkeypatch, "fsync", errno.ENOSPC)
+    with pytest.raises(StageError, match=f"no disk space left while writing {folder}"):
+        store.finish(KEY, {})
+    assert store.record(KEY) is None
 
 
 # --- one at a time ---
@@ -297,6 +395,44 @@ def test_a_crash_while_pruning_leaves_a_stage_that_lacks_its_checkpoint(
     assert not (folder / "instruct").exists()
 
 
+def test_a_stage_that_a_process_works_on_is_not_pruned(store: Store, other_process: Callable[..., Any]) -> None:
+    folder = finished(store, KEY, {"instruct/w": b"1"})
+    other_process(hold_stage)
+    assert store.prune(KEY, "instruct") == 0
+    assert (folder / "instruct/w").read_bytes() == b"1"
+
+
+def test_on_a_full_disk_the_largest_file_makes_room_for_the_marker(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"instruct/a": 10, "instruct/weights": 1000, "instruct/z": 20, "log.txt": 2000}
+    folder = finished(store, KEY, {name: bytes(size) for name, size in sizes.items()})
+    refused(monkeypatch, "fsync", errno.ENOSPC, (folder / "instruct/weights").exists)
+    assert store.prune(KEY, "instruct") == 1030
+    assert store.lacks(KEY)
+    assert store.damaged(KEY) == []
+    assert sorted(os.listdir(folder)) == ["log.txt", "stage.json"]
+
+
+def test_a_disk_that_fails_while_pruning_takes_nothing_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished(store, KEY, {"instruct/w": b"1"})
+    refused(monkeypatch, "fsync", errno.EIO)
+    with pytest.raises(StageError, match=f"^{folder}: Input/output error"):
+        store.prune(KEY, "instruct")
+    assert (folder / "instruct/w").read_bytes() == b"1"
+    assert not store.lacks(KEY)
+
+
+def test_a_disk_that_fails_while_a_stage_is_removed_is_told_with_its_place(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished(store, KEY, {"instruct/w": b"1"})
+    refused(monkeypatch, "rmdir", errno.EIO)
+    with pytest.raises(StageError, match=f"^{folder}.*: Input/output error"):
+        store.remove(KEY)
+    assert store.record(KEY) is None
+
+
 def test_a_removed_stage_is_gone_with_its_bytes_counted(store: Store) -> None:
     folder = finished(store, KEY, {"instruct/w": bytes(1000)})
     marker = (folder / "stage.json").stat().st_size
@@ -320,7 +456,12 @@ class Counting(Known):
 
     def __init__(self, file: Path):
         self.reads: list[str] = []
-        super().__init__(file, lambda name, done, size: self.reads.append(name))
+        self.told: list[tuple[str, int, int]] = []
+        super().__init__(file, self.read)
+
+    def read(self, name: str, done: int, size: int) -> None:
+        self.reads.append(name)
+        self.told.append((name, done, size))
 
 
 WHOLE = {
@@ -393,7 +534,7 @@ def test_files_that_change_places_are_another_checkpoint(checkpoint: Path, cache
 def test_what_did_not_change_is_not_read_again(checkpoint: Path, cache: Path) -> None:
     first = Counting(cache)
     value = first.checkpoint(checkpoint)
-    assert sorted(first.reads) == sorted(WHOLE)
+    assert sorted(first.told) == sorted((name, len(content), len(content)) for name, content in WHOLE.items())
     assert first.checkpoint(checkpoint) == value
     first.save()
     assert len(first.reads) == len(WHOLE)
@@ -439,6 +580,31 @@ def test_a_cache_that_cannot_be_read_only_costs_time(checkpoint: Path, cache: Pa
     assert Counting(cache).checkpoint(checkpoint) == value
 
 
+def test_digests_are_kept_in_a_folder_that_is_not_there_yet(checkpoint: Path, tmp_path: Path) -> None:
+    known = Known(tmp_path / "out/stages/.known.json")
+    value = known.checkpoint(checkpoint)
+    known.save()
+    later = Counting(known.file)
+    assert later.checkpoint(checkpoint) == value
+    assert later.reads == []
+
+
+def test_without_room_for_digests_they_are_not_kept(
+    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Known(cache)
+    known.checkpoint(checkpoint)
+    refused(monkeypatch, "replace", errno.ENOSPC)
+    known.save()
+    assert os.listdir(cache.parent) == []
+
+
+def test_a_place_for_digests_that_cannot_be_used_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(LoopError, match="choose another folder by --out"):
+        Known(tmp_path / "out/.known.json").save()
+
+
 @pytest.mark.parametrize("kept", [None, [], "x", [1, 2, 3], [1, 2, 3, 4, 5], {}])
 def test_an_entry_of_another_shape_is_read_again(checkpoint: Path, cache: Path, kept: object) -> None:
     value = Known(cache).checkpoint(checkpoint)
@@ -464,6 +630,28 @@ def test_a_path_is_a_file_s_content_or_all_that_is_below_a_folder(tmp_path: Path
     assert Known(cache).path(Path(shutil.copytree(tmp_path / "data", tmp_path / "copy"))) == before
     (tmp_path / "data/README.md").write_text("data too")
     assert known.path(tmp_path / "data") != before
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "tokenizer_config.json"])
+def test_a_folder_with_what_a_loader_looks_for_is_a_checkpoint(tmp_path: Path, cache: Path, name: str) -> None:
+    known = Known(cache)
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / name).write_text("{}")
+    before, stamped = known.path(tmp_path / "it"), stamp(tmp_path / "it")
+    assert before == known.checkpoint(tmp_path / "it")
+    (tmp_path / "it/README.md").write_text("what no loader reads")
+    assert known.path(tmp_path / "it") == before
+    assert stamp(tmp_path / "it") == stamped
+
+
+def test_a_stamp_of_data_is_of_all_that_is_below_and_of_its_names(tmp_path: Path) -> None:
+    (tmp_path / "data/deep").mkdir(parents=True)
+    (tmp_path / "data/deep/README.md").write_text("data too")
+    first = stamp(tmp_path / "data")
+    (tmp_path / "data/deep/README.md").rename(tmp_path / "data/deep/other")
+    second = stamp(tmp_path / "data")
+    (tmp_path / "data/deep/other").write_text("other data")
+    assert len({first, second, stamp(tmp_path / "data")}) == 3
 
 
 def test_a_stamp_changes_with_every_write(checkpoint: Path) -> None:
@@ -507,3 +695,23 @@ def test_a_link_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
     link(place, tmp_path / "distill-02")
     assert len(seen) == 2  # there already
     assert os.listdir(place.parent) == ["distill"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_link_s_folder_may_go_once_while_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Another run of the name takes the folder away, as it is empty; twice is no run."""
+    place, real, left = tmp_path / "run/iter_01", os.symlink, [None] * times
+
+    def go(*given: Any, **named: Any) -> None:
+        if left:
+            left.pop()
+            place.parent.rmdir()
+        real(*given, **named)
+
+    (tmp_path / "stage").mkdir()
+    monkeypatch.setattr(os, "symlink", go)
+    with pytest.raises(FileNotFoundError) if times > 1 else nullcontext():
+        link(place, tmp_path / "stage")
+    assert place.is_symlink() == (times == 1)
