@@ -510,15 +510,19 @@ def check_machine(run: Run, todo: Mapping[str, Stage]) -> None:
     checks.check_disk(run.store.root, run.pair["thinking"], written)
 
 
+def register(run: Run) -> None:
+    """Note what a run is, so that nobody takes its stages for nobody's; what is to be done again counts as undone."""
+    for key in run.again:
+        run.store.forget(key)
+    run.folder.note(asked=run.config.model_dump(mode="json"), steps=described(run), versions=run.keys.versions)
+    run.folder.unlink_others({step.place for step in run.steps})
+
+
 def _carried_out(run: Run, view: View, runner: Runner | None) -> Published:
     todo = pending(run)
     if todo:
         check_machine(run, todo)
-    settings = run.config.model_dump(mode="json")
-    for key in run.again:
-        run.store.forget(key)
-    run.folder.note(asked=settings, steps=described(run), versions=run.keys.versions)
-    run.folder.unlink_others({step.place for step in run.steps})
+    register(run)
     published = Published(run, view, todo)
     view.begin(run, todo)
     published.look()

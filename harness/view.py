@@ -114,7 +114,44 @@ class View:
             self.say(f"continuing {root}: {self.done} of {self.stages} stages are done")
         else:
             self.say(f"new run in {root}")
-        if self.console.is_terminal and todo and not self.quiet:
+        self._go_live(bool(todo))
+
+    def begin_many(self, runs: Sequence[Any], todo: Mapping[str, Stage]) -> None:
+        """Several runs are about to start, or to go on, as one plan."""
+        self.todo = set(todo)
+        self.places = {run.keys[step.stage]: step for run in runs for step in reversed(run.wanted)}
+        self.iterations = max(run.config.iterations for run in runs)
+        self.stages = len(self.places)
+        self.done = self.stages - len(todo)
+        asked = sum(len(run.wanted) for run in runs)
+        shared = f"{asked - self.stages} more are shared, " if asked > self.stages else ""
+        self.say(f"{len(runs)} runs have {self.stages} stages, {shared}{self.done} are done")
+        self._go_live(bool(todo))
+
+    def made(self, key: str, record: Mapping[str, Any]) -> None:
+        """A stage of several runs' plan is done."""
+        with self.lock:
+            self._drop(key)
+            self.todo.discard(key)
+            self.done += 1
+            note = self.places[key].stage.kind.note(record["facts"])
+            said = f"{self.done:>4} of {self.stages}  {record['made_by']}: {self._where(key)}"
+            self.say(f"{said} {record['wall_s']:7.1f} s  {note}".rstrip())
+            self._refresh()
+
+    def failed(self, key: str, why: str) -> None:
+        """A stage of several runs' plan has failed; what does not read it goes on."""
+        with self.lock:
+            self._drop(key)
+            self.say(f"failed: {self._where(key)}: {why}", "red")
+            self._refresh()
+
+    def _where(self, key: str) -> str:
+        step = self.places[key]
+        return f"iteration {step.iteration}, {_name(step)}"
+
+    def _go_live(self, anything: bool) -> None:
+        if self.console.is_terminal and anything and not self.quiet:
             self.live = Live(get_renderable=self._picture, console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
 
@@ -549,3 +586,11 @@ def kind_cells(done: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def kind_table(done: Sequence[Mapping[str, Any]]) -> Table:
     """Where the time went."""
     return _lines("time by stage", KIND_HEADS, kind_cells(done), 1)
+
+
+SWEEP_HEADS = ("run", "task", "checkpoint", "questions", "at first", "at last", "tokens")
+
+
+def sweep_table(cells: Sequence[Sequence[str]]) -> Table:
+    """What each run of a sweep came to."""
+    return _lines("runs", SWEEP_HEADS, [list(line) for line in cells], 3)

@@ -15,7 +15,7 @@ from types import FrameType
 
 import click
 
-from harness.cli import compare, dial, doctor, export, gc, init, logs, loop, plan, report, status, think_map
+from harness.cli import compare, dial, doctor, export, gc, init, logs, loop, plan, report, status, sweep, think_map
 from harness.errors import LoopError, Stopped
 from harness.files import refusal
 
@@ -53,6 +53,7 @@ command = click.Group(
         report.command,
         compare.command,
         dial.command,
+        sweep.command,
         export.command,
         gc.command,
         think_map.command,
