@@ -127,24 +127,14 @@ def plan(config: LoopConfig, inputs: Inputs, iterations: int) -> list[Step]:
 
 def _steps(config: LoopConfig, inputs: Inputs, iterations: int, arm: str) -> Iterator[Step]:
     recipes, identify = inputs.recipes, inputs.identify
-    settings = Settings(config.seed, config.nf4, config.limit, config.include_path)
     names = [task.name for task in inputs.prompt_tasks]
     instruct: Source = inputs.instruct
     thinking: Source = inputs.thinking
     answered: list[tuple[Source, Stage]] = []  # which checkpoint's labels these are
 
-    def labels_of(checkpoint: Source) -> Stage:
-        asks, how = inputs.interpreters.get("generate"), served("generate", config, settings)
-        stage = generate.build(recipes["generate"], how, inputs.prompt_tasks, checkpoint, inputs.prompts, asks)
-        return pinned(stage, identify)
-
     def tests(k: int) -> Iterator[Step]:
         for who, checkpoint in (("instruct", instruct), ("thinking", thinking)):
-            name = f"evaluate_{who}" if f"evaluate_{who}" in recipes else "evaluate"
-            tah, asks = who in inputs.tah, inputs.interpreters.get(name)
-            how = served(name, config, settings)
-            tested = evaluate.build(recipes[name], how, inputs.test_tasks, checkpoint, tah, asks)
-            yield Step(k, f"evaluate_{who}", pinned(tested, identify), who)
+            yield Step(k, f"evaluate_{who}", _tested(config, inputs, inputs.test_tasks, who, checkpoint), who)
 
     yield from tests(0)
     for k in range(1, (min(1, iterations) if arm == "merge_only" else iterations) + 1):
@@ -152,7 +142,7 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int, arm: str) -> Ite
             if inputs.gold and arm == "gold":
                 labels: Stage | External = inputs.gold
             else:
-                labels = labels_of(thinking)
+                labels = _answered(config, inputs, thinking)
                 answered.append((thinking, labels))
                 yield Step(k, "generate", labels)
             recipe = recipes.get("on_policy", recipes["distill"]) if arm == "on_policy" else recipes["distill"]
@@ -171,7 +161,7 @@ def _steps(config: LoopConfig, inputs: Inputs, iterations: int, arm: str) -> Ite
         else:
             first = next((stage for checkpoint, stage in answered if checkpoint is anchor), None)
             if first is None and not inputs.validate_tasks:  # an arm that learns no labels
-                first = labels_of(anchor)
+                first = _answered(config, inputs, anchor)
                 answered.append((anchor, first))
                 yield Step(k, "generate", first)
             thinking = yield from _choice(config, inputs, k, anchor, instruct, first)
@@ -191,45 +181,52 @@ def _choice(
         instruct: the distilled one.
         first: the anchor's own labels, with which answers are compared; None where tasks are named to validate by.
     """
-    recipes, by_score = inputs.recipes, inputs.validate_tasks
+    by_score = inputs.validate_tasks
     each = max(1, PROMPTS // max(1, len(inputs.prompt_tasks)))
     few = each if config.limit is None else min(each, config.limit)
-    settings = Settings(config.seed, config.nf4, config.limit, config.include_path)
-    another = Settings(config.seed + 1, config.nf4, few, config.include_path)
-
-    def asked(checkpoint: Source) -> tuple[str, Stage]:
-        if not by_score:
-            asks = inputs.interpreters.get("generate")
-            every = (served("generate", config, another), inputs.prompt_tasks, checkpoint, inputs.prompts, asks)
-            return "answer", generate.build(recipes["generate"], *every, labels=False)
-        name = "evaluate_thinking" if "evaluate_thinking" in recipes else "evaluate"
-        tah, asks = "thinking" in inputs.tah, inputs.interpreters.get(name)
-        how = served(name, config, settings)
-        return "validate", evaluate.build(recipes[name], how, by_score, checkpoint, tah, asks)
+    another = config.model_copy(update={"seed": config.seed + 1, "limit": few})
 
     tried: list[choose.Tried] = []
     for t in (0.0, *GRID):
         checkpoint = anchor
         if t:
-            rebuilt = reconstruct.build(recipes["reconstruct"], t, anchor, instruct, config.written_pair, "auto")
+            recipe = inputs.recipes["reconstruct"]
+            rebuilt = reconstruct.build(recipe, t, anchor, instruct, config.written_pair, "auto")
             rebuilt = pinned(rebuilt, inputs.identify)
             yield Step(k, f"reconstruct_t{t:g}", rebuilt)
             checkpoint = Output(rebuilt, reconstruct.CHECKPOINT)
-        name, answers = asked(checkpoint)
-        answers = pinned(answers, inputs.identify)
-        yield Step(k, f"{name}_t{t:g}", answers)
-        tried.append(choose.Tried(t, checkpoint, answers, evaluate.graded(answers) if by_score else ""))
+        if by_score:
+            answers = _tested(config, inputs, by_score, "thinking", checkpoint)
+        else:
+            answers = _answered(another, inputs, checkpoint, labels=False)
+        yield Step(k, f"{'validate' if by_score else 'answer'}_t{t:g}", answers)
+        tried.append(choose.Tried(t, checkpoint, answers, evaluate.graded(answers)))
     names = [task.name for task in by_score or inputs.prompt_tasks]
     choice = choose.build(tried, names, None if by_score else first)
     yield Step(k, "choose", choice)
     return Output(choice, choose.CHECKPOINT)
 
 
-def served(recipe: str, config: LoopConfig, settings: Settings) -> Settings:
+def _answered(config: LoopConfig, inputs: Inputs, checkpoint: Source, labels: bool = True) -> Stage:
+    """A thinking checkpoint answers the training prompts: for labels, or as it is tried."""
+    recipe, how, asks = inputs.recipes["generate"], served("generate", config), inputs.interpreters.get("generate")
+    stage = generate.build(recipe, how, inputs.prompt_tasks, checkpoint, inputs.prompts, asks, labels)
+    return pinned(stage, inputs.identify)
+
+
+def _tested(config: LoopConfig, inputs: Inputs, tasks: Sequence[Task], who: str, checkpoint: Source) -> Stage:
+    """An "instruct" or a "thinking" checkpoint answers the questions of tasks, by its own recipe if there is one."""
+    name = f"evaluate_{who}" if f"evaluate_{who}" in inputs.recipes else "evaluate"
+    how, asks = served(name, config), inputs.interpreters.get(name)
+    stage = evaluate.build(inputs.recipes[name], how, tasks, checkpoint, who in inputs.tah, asks)
+    return pinned(stage, inputs.identify)
+
+
+def served(recipe: str, config: LoopConfig) -> Settings:
     """How the checkpoints are asked that a recipe is for: beside a server, if loop.yml names one."""
     named = {str(name): server for name, server in config.servers.items()}
     servers = {"evaluate_thinking": named.get("evaluate", ""), **named}
-    return replace(settings, server=servers.get(recipe, ""))
+    return Settings(config.seed, config.nf4, config.limit, config.include_path, servers.get(recipe, ""))
 
 
 def untried(name: str) -> str:
