@@ -14,7 +14,8 @@ from made_runs import VERSIONS, inputs_for, planned, task, toy
 
 from harness.config import ARMS, LoopConfig, load, read_recipes, recipes_folder
 from harness.errors import LoopError
-from harness.plan import GRID, PROMPTS, Step, commands, pinned, plan
+from harness.interpreters import Interpreter
+from harness.plan import GRID, PROMPTS, Step, commands, pinned, plan, untried
 from harness.stages import External, Keys, Output, Recipe, distill, generate
 from harness.store import Known
 
@@ -171,15 +172,21 @@ def test_auto_rebuilds_and_tries_each_t_and_goes_on_with_what_is_chosen(shipped:
     stages = {place: step.stage for place, step in steps.items()}
     for k in (1, 2):
         names = [name for iteration, name in steps if iteration == k]
-        tried = [f"{what}_t{t:g}" for t in GRID for what in ("reconstruct", "answer")]
+        each = [f"{what}_t{t:g}" for t in GRID for what in ("reconstruct", "answer")]
         tests = ["evaluate_instruct", "evaluate_thinking"]
-        assert names == ["generate", "distill", "answer_t0", *tried, "choose", *tests]
+        assert names == ["generate", "distill", "answer_t0", *each, "choose", *tests]
         for t in GRID:
             assert recipe_of(steps[k, f"reconstruct_t{t:g}"])["parameters"]["t"] == t
-            assert left_by(stages[k, f"answer_t{t:g}"].inputs["checkpoint"])[0] is stages[k, f"reconstruct_t{t:g}"]
+            rebuilt = left_by(stages[k, f"answer_t{t:g}"].inputs["checkpoint"])
+            assert rebuilt == (stages[k, f"reconstruct_t{t:g}"], "thinking")
         assert left_by(stages[k, "evaluate_thinking"].inputs["checkpoint"]) == (stages[k, "choose"], "thinking")
         choice = stages[k, "choose"]
-        assert [one["t"] for one in recipe_of(steps[k, "choose"])["tried"]] == [0.0, *GRID]
+        tried = recipe_of(steps[k, "choose"])["tried"]
+        assert [one["t"] for one in tried] == [0.0, *GRID]
+        assert set(tried[3]) == {"t", "checkpoint", "answers"}
+        assert left_by(choice.inputs["checkpoint_3"])[0] is stages[k, "reconstruct_t0.3"]
+        assert left_by(choice.inputs["answers_3"]) == (stages[k, "answer_t0.3"], "answers")
+        assert recipe_of(steps[k, "choose"])["tasks"] == shipped.prompt_tasks
         # With the first answers of the checkpoint that is interpolated with, which labelled the first iteration.
         assert left_by(choice.inputs["labels"]) == (stages[1, "generate"], "answers")
         assert choice.inputs["checkpoint_0"] == inputs.thinking
@@ -209,6 +216,12 @@ def test_each_t_answers_few_prompts_under_another_seed_sampled_as_the_anchor_is(
     assert keys[steps[1, "answer_t0"].stage] == keys[steps[2, "answer_t0"].stage], "the anchor is asked again once"
 
 
+@pytest.mark.parametrize(("tasks", "each"), [(1, 200), (3, 66), (400, 1)])
+def test_all_tasks_share_the_prompts_by_which_a_t_is_tried(shipped: LoopConfig, tasks: int, each: int) -> None:
+    steps = planned(auto(shipped, iterations=1), prompt_tasks=[task(f"prompts_{n}") for n in range(tasks)])
+    assert recipe_of(steps[1, "answer_t0.5"])["limit"] == each
+
+
 def test_a_t_that_closes_no_trace_ends_no_run(shipped: LoopConfig) -> None:
     steps = planned(auto(shipped))
     assert steps[1, "generate"].stage.kind is generate.KIND
@@ -231,14 +244,45 @@ def test_t_may_be_chosen_by_a_task_that_is_no_test(shipped: LoopConfig) -> None:
     assert (recipe_of(asked)["tasks"], recipe_of(asked)["limit"], asked.checkpoint) == (["held_out"], 5, "")
     choice = steps[1, "choose"].stage
     assert "labels" not in choice.inputs
-    assert left_by(choice.inputs["graded_4"])[1] == "graded.jsonl"  # as its grader knows nothing of traces
+    for number, t in enumerate((0.0, *GRID)):
+        validated = steps[1, f"validate_t{t:g}"].stage
+        assert left_by(choice.inputs[f"graded_{number}"]) == (validated, "graded.jsonl")  # its grader knows no traces
+        assert validated.inputs["checkpoint"] == choice.inputs[f"checkpoint_{number}"]
+    assert recipe_of(steps[1, "choose"])["tasks"] == ["held_out"]
+
+
+def test_what_validates_a_t_is_asked_as_a_test_of_thinking_is(shipped: LoopConfig) -> None:
+    """With the user's own tasks, in 4 bits, with TaH's code, by the recipe that thinking has of its own."""
+    config = auto(shipped, iterations=1, nf4=True, include_path=Path("/my/tasks"), seed=3)
+    recipes = read_recipes(shipped)
+    recipes["evaluate_thinking"] = {**recipes["evaluate"], "batch_size": 5}
+    changes = {"recipes": recipes, "tah": frozenset({"thinking"}), "validate_tasks": [task("held_out")]}
+    steps = planned(config, **changes)
+    tested, tried = steps[1, "evaluate_thinking"].stage, steps[1, "validate_t0"].stage
+    assert recipe_of(steps[1, "validate_t0"])["batch_size"] == 5
+    assert recipe_of(steps[1, "evaluate_instruct"]).get("batch_size") != 5
+    assert recipe_of(steps[1, "validate_t0"]) == {**recipe_of(steps[1, "evaluate_thinking"]), "tasks": ["held_out"]}
+    assert tried.inputs.keys() == tested.inputs.keys() == {"checkpoint", "include_path"}
+    assert [command[:2] for command in tried.commands] == [command[:2] for command in tested.commands]
+
+
+def test_a_prompt_that_tries_a_t_is_asked_as_a_label_is(shipped: LoopConfig) -> None:
+    steps = planned(auto(shipped, iterations=1, nf4=True, include_path=Path("/my/tasks")))
+    label, tried = steps[1, "generate"], steps[1, "answer_t0"]
+    assert tried.stage.inputs == label.stage.inputs
+    assert tried.stage.commands == label.stage.commands
+    changed = {"seed", "limit", "gen_kwargs"}
+    assert {key: value for key, value in recipe_of(tried).items() if key not in changed} == {
+        key: value for key, value in recipe_of(label).items() if key not in changed
+    }
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_chooses_a_t_of_its_own(shipped: LoopConfig, arm: str) -> None:
     steps = planned(auto(shipped, arms=[arm]), gold=External("/came/gold.jsonl", "right"))
-    choice = steps[1, "choose"].stage
-    assert left_by(choice.inputs["labels"])[0].inputs["checkpoint"] == inputs_for(shipped).thinking
+    choice, labels = steps[1, "choose"].stage, steps[1, "generate"].stage
+    assert left_by(choice.inputs["labels"])[0] is labels
+    assert labels.inputs["checkpoint"] == inputs_for(shipped).thinking
     assert {step.stage.kind.name for step in steps.values()} >= {"reconstruct", "answer", "choose", "evaluate"}
 
 
@@ -247,6 +291,74 @@ def test_auto_needs_one_t(shipped: LoopConfig) -> None:
     recipes["reconstruct"]["parameters"] = {"t": [{"filter": "mlp", "value": 0.1}, {"value": 0.5}]}
     with pytest.raises(LoopError, match="--t auto: the reconstruct recipe has a t of its own for each part"):
         planned(auto(shipped), recipes=recipes)
+
+
+def test_a_step_s_name_without_its_t() -> None:
+    names = {"reconstruct_t0.1": "reconstruct", "answer_t0": "answer", "evaluate_thinking": "evaluate_thinking"}
+    assert {name: untried(name) for name in (*names, "evaluate_t0.1_x")} == {
+        **names,
+        "evaluate_t0.1_x": "evaluate_t0.1_x",
+    }
+
+
+# --- who is asked ---
+
+
+def test_a_recipe_s_questions_are_asked_by_the_python_that_is_named_for_it(shipped: LoopConfig) -> None:
+    recipes = read_recipes(shipped)
+    recipes["evaluate_thinking"] = dict(recipes["evaluate"])
+    named = {recipe: Interpreter(f"/{recipe}/python", "3.12", {}) for recipe in ("generate", "evaluate_thinking")}
+    for validate in ([], [task("held_out")]):
+        changes = {"recipes": recipes, "interpreters": named, "validate_tasks": validate}
+        for (_, name), step in planned(auto(shipped, iterations=1), **changes).items():
+            of = untried(name).replace("answer", "generate").replace("validate", "evaluate_thinking")
+            python = step.stage.inputs.get("python")
+            assert getattr(python, "path", None) == (named[of].path if of in named else None), name
+
+
+@pytest.mark.parametrize(
+    ("servers", "asked"),
+    [
+        ({"generate": "one"}, {"generate": "one", "answer": "one"}),
+        ({"evaluate": "two"}, dict.fromkeys(("evaluate_instruct", "evaluate_thinking", "validate"), "two")),
+        ({"evaluate_thinking": "three"}, dict.fromkeys(("evaluate_thinking", "validate"), "three")),
+    ],
+)
+def test_a_recipe_s_questions_are_asked_of_the_server_that_is_named_for_it(
+    shipped: LoopConfig, servers: dict[str, str], asked: dict[str, str]
+) -> None:
+    recipes = read_recipes(shipped)
+    recipes["evaluate_thinking"] = dict(recipes["evaluate"])
+    config = auto(shipped, iterations=1, servers={of: f"{name} {{checkpoint}}" for of, name in servers.items()})
+    for validate in ([], [task("held_out")]):
+        for (_, name), step in planned(config, recipes=recipes, validate_tasks=validate).items():
+            started = step.stage.recipes.get("service.yml", {}).get("command")
+            expected = asked.get(untried(name))
+            assert started == (f"{expected} <<checkpoint>>" if expected else None), name
+
+
+def test_a_server_for_both_is_thinking_s_unless_it_has_its_own(shipped: LoopConfig) -> None:
+    recipes = read_recipes(shipped)
+    recipes["evaluate_thinking"] = dict(recipes["evaluate"])
+    config = shipped.model_copy(
+        update={"servers": {"evaluate": "a {checkpoint}", "evaluate_thinking": "b {checkpoint}"}}
+    )
+    steps = planned(config, recipes=recipes)
+    found = [steps[1, f"evaluate_{who}"].stage.recipes["service.yml"]["command"] for who in ("instruct", "thinking")]
+    assert found == ["a <<checkpoint>>", "b <<checkpoint>>"]
+
+
+@pytest.mark.parametrize("t", [0.2, "auto"])
+def test_the_pair_is_told_from_a_third_model_by_its_names_in_loop_yml(shipped: LoopConfig, t: float | str) -> None:
+    recipes = read_recipes(shipped)
+    names = ("them/thinking", "them/third", "them/instruct")
+    layers = [{"model": name, "layer_range": [0, 2]} for name in names]
+    recipes["reconstruct"] |= {"base_model": names[0], "slices": [{"sources": layers}]}
+    del recipes["reconstruct"]["models"]
+    config = shipped.model_copy(update={"t": t, "iterations": 1, "written_pair": (names[2], names[0])})
+    name = "reconstruct_t0.2" if t == "auto" else "reconstruct"
+    (slices,) = recipe_of(planned(config, recipes=recipes)[1, name])["slices"]
+    assert [source["model"] for source in slices["sources"]] == ["<<anchor>>", "them/third", "<<instruct>>"]
 
 
 # --- the user's own ---
@@ -390,6 +502,13 @@ def test_two_files_that_change_places_are_another_stage(
         pinned(toy("x", recipes={"r": {"one": one, "two": two}}), identify) for one, two in (paths, paths[::-1])
     )
     assert keys[ours] != keys[theirs]
+
+
+def test_a_file_is_asked_for_by_the_key_it_stands_under() -> None:
+    asked = []
+    recipe = {"datasets": [{"path": "a", "data_files": ["b", "c"]}], "chat_template_jinja": "d", "n": 1}
+    pinned(toy("x", recipes={"r": recipe}), lambda key, text: asked.append((key, text)))
+    assert asked == [("path", "a"), ("data_files", "b"), ("data_files", "c"), ("chat_template_jinja", "d")]
 
 
 def test_a_stage_that_names_no_file_stays_as_it_is(identify: Callable[[str, str], str | None]) -> None:
