@@ -51,14 +51,28 @@ def read_json(path: Path) -> Any:
     """A JSON file's value, None if the file is missing.
 
     Raises:
-        LoopError: if it is there and cannot be read.
+        StageError: if it is there and the disk does not give it.
+        LoopError: if it is not whole.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise StageError(f"{path}: cannot be read ({error.strerror or error})\n{SEE}") from None
+    except ValueError as error:
         raise LoopError(f"{path}: cannot be read ({error}); restore or remove it") from None
+
+
+def read_json_if_whole(path: Path) -> Any:
+    """As `read_json`; None for what is not whole, too. What a disk does not give may be whole, and is no reason to
+    begin anew."""
+    try:
+        return read_json(path)
+    except StageError:
+        raise
+    except LoopError:
+        return None
 
 
 def read_json_or_none(path: Path) -> Any:

@@ -20,7 +20,7 @@ from harness import checks, evidence, interpreters, outcomes, report, schedule, 
 from harness.asking import SERVED, TOOLS
 from harness.config import ARMS, LoopConfig, Recipes
 from harness.errors import LoopError, StageError
-from harness.files import below, digest, disk_errors, no_room, read_json_or_none, refusal, write_json, write_text
+from harness.files import below, digest, disk_errors, no_room, read_json_if_whole, refusal, write_json, write_text
 from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
@@ -355,7 +355,7 @@ def make(
     begun, limit = time.monotonic(), run.config.limits.get(stage.kind.limited_as or stage.kind.name)  # type: ignore[call-overload]
     sound(run, stage)
     reads = {name: run.store.mark(run.keys[s.stage]) for name, s in stage.inputs.items() if isinstance(s, Output)}
-    alike = not anew and read_json_or_none(folder / BEGUN) == reads
+    alike = not anew and read_json_if_whole(folder / BEGUN) == reads
     done = stage.kind.resumes(folder) if alike else []
     run.store.clear(key, done)
     if done:

@@ -27,7 +27,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from harness.errors import StageError
-from harness.files import FULL, below, digest, disk_errors, read_json_or_none, sync, write_json
+from harness.files import (
+    FULL,
+    below,
+    digest,
+    disk_errors,
+    read_json_if_whole,
+    read_json_or_none,
+    sync,
+    write_json,
+)
 from thinkswitch_plugin.tah.args import LOADER
 
 MARKER = "stage.json"
@@ -64,7 +73,7 @@ class Store:
 
     def _marked(self, key: str) -> dict[str, Any] | None:
         """What a stage's marker says; half a marker, or one that was written to, marks nothing."""
-        record: Any = read_json_or_none(self.folder(key) / MARKER)
+        record: Any = read_json_if_whole(self.folder(key) / MARKER)
         if not isinstance(record, dict) or record.get("key") != key:
             return None
         return record if record.pop("digest", None) == _digest_of(record) else None
@@ -231,7 +240,7 @@ def _here(record: dict[str, Any]) -> list[tuple[str, list[Any]]]:
 def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

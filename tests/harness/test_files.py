@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -215,8 +216,19 @@ def test_a_folder_that_another_option_names_is_chosen_by_that() -> None:
         raise OSError(errno.EACCES, "refused", "/there/config.json")
 
 
-def test_what_cannot_be_read_for_its_digest_is_a_line_too(tmp_path: Path) -> None:
-    said = r"^.*weights: cannot be read \(Is a directory\)\nsee what is wrong with its disk"
-    (tmp_path / "weights").mkdir()
+@pytest.mark.parametrize("read", [files.digest, files.read_json, files.read_json_if_whole])
+def test_what_a_disk_does_not_give_is_a_line_and_nobody_is_told_to_remove_it(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    (tmp_path / "run.json").symlink_to("/proc/self/mem")  # whose first byte is an input/output error
+    said = r"^.*run.json: cannot be read \(Input/output error\)\nsee what is wrong with its disk, then run the same"
     with pytest.raises(StageError, match=said):
-        files.digest(tmp_path / "weights")
+        read(tmp_path / "run.json")
+
+
+def test_what_is_not_whole_can_be_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "half.json").write_text('{"a": ')
+    assert files.read_json_if_whole(tmp_path / "half.json") is None
+    assert files.read_json_if_whole(tmp_path / "none.json") is None
+    (tmp_path / "half.json").write_text('{"a": 1}')
+    assert files.read_json_if_whole(tmp_path / "half.json") == {"a": 1}

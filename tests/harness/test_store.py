@@ -53,6 +53,15 @@ def test_a_stage_that_was_begun_and_not_finished_never_happened(store: Store) ->
     assert store.every() == [KEY]
 
 
+def test_a_marker_that_the_disk_does_not_give_is_no_reason_to_begin_anew(store: Store) -> None:
+    """It may be whole, and hours of work with it."""
+    marker = finished(store, KEY, {"log.txt": b"said"}) / "stage.json"
+    marker.unlink()
+    marker.symlink_to("/proc/self/mem")  # whose first byte is an input/output error
+    with pytest.raises(StageError, match=r"stage.json: cannot be read \(Input/output error\)\nsee what is wrong"):
+        store.record(KEY)
+
+
 def change_key(folder: Path) -> None:
     marker = json.loads((folder / "stage.json").read_text())
     (folder / "stage.json").write_text(json.dumps({**marker, "key": "distill-ffff"}))
