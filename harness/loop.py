@@ -25,7 +25,7 @@ from harness.interpreters import Interpreter
 from harness.plan import Inputs, Step, commands, plan
 from harness.rundir import RunDir, why
 from harness.runner import Runner, ToolError, Usage, devices, has_bf16, is_full, start
-from harness.stages import RECIPE, External, Keys, Output, Recipe, Stage, choose, dump, placed, reconstruct
+from harness.stages import RECIPE, External, Keys, Output, Recipe, Stage, choose, dump, evaluate, placed, reconstruct
 from harness.store import BEGUN, Known, Store, is_checkpoint, loaded, stamp
 from harness.view import View
 
@@ -627,6 +627,21 @@ class Published:
             self.outcomes[key] = step.stage.kind.outcomes(folder, step.stage, self.run.pair["instruct"])
         return self.outcomes[key]
 
+    def chosen(self, step: Step, facts: dict[str, Any]) -> dict[str, Any]:
+        """What a choice of t came to, with a warning if it was made by questions that are scored, by whatever name."""
+        by = {source.stage for source in step.stage.inputs.values() if isinstance(source, Output)}
+        asked: set[str] = set()
+        for stage in (stage for stage in by if stage.kind is evaluate.KIND):
+            folder = self.run.store.folder(self.run.keys[stage])
+            asked |= {outcome.question for outcome in stage.kind.outcomes(folder, stage, None)}
+        scored = {
+            outcome.question for test in self.run.steps for outcome in self.outcomes.get(self.run.keys[test.stage], [])
+        }
+        if met := len(asked & scored):
+            flattered = f"{met} of the {len(asked)} questions it was chosen by are scored, too: such scores flatter"
+            return {**facts, "why": f"{facts['why']}; {flattered}", "met": met}
+        return facts
+
     def questions(self) -> Iterator[dict[str, Any]]:
         """Every outcome with where it belongs: run, arm, seed, iteration, checkpoint."""
         for step in self.run.steps:
@@ -645,7 +660,7 @@ class Published:
         questions = list(self.questions())
         results: dict[str, Any] = {"rows": rows, "wall_s": round(wall, 3), "cost_usd": cost}
         if picked := [
-            {"arm": step.arm, "seed": step.seed, "iteration": step.iteration, **record["facts"]}
+            {"arm": step.arm, "seed": step.seed, "iteration": step.iteration, **self.chosen(step, record["facts"])}
             for step, record in done
             if step.stage.kind is choose.KIND
         ]:

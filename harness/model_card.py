@@ -122,7 +122,7 @@ def gather(chosen: Chosen, name: str, adapter_only: bool) -> dict[str, Any]:
         "on_policy": bool(distilled and distilled[-1]["reads"]["recipes"][RECIPE].get("on_policy_kl")),
         "training": settings(distilled[-1], TRAINING) if distilled else {},
         "merges": [merge(step) for step in chosen.of_kind("reconstruct")],
-        "choices": [why for step in chosen.of_kind("choose") if (why := choice(chosen, step))],
+        "choices": [choice(chosen, step, results.get("chosen", [])) for step in chosen.of_kind("choose")],
         "anchor": asked.get("anchor", "original"),
         "met": contamination(chosen),
         "again": again(chosen),
@@ -334,12 +334,14 @@ def merge(step: Step) -> dict[str, Any]:
     }
 
 
-def choice(chosen: Chosen, step: Step) -> str:
-    """Which t of several went on, by what, and why."""
-    facts = (chosen.store.record(step["key"]) or {}).get("facts", {})
+def choice(chosen: Chosen, step: Step, said: Sequence[Mapping[str, Any]]) -> str:
+    """Which t of several went on, by what, and why; `said` is of results.json, which knows what is scored as well."""
+    place = {"arm": step["arm"], "seed": step["seed"], "iteration": step["iteration"]}
+    known = (one for one in said if place.items() <= one.items())
+    facts = next(known, (chosen.store.record(step["key"]) or {}).get("facts", {}))
     by_labels = "labels" in step["reads"]["recipes"].get(RECIPE, {})
-    by = "training prompts" if by_labels else "tasks that are none of the tests (their questions were not compared)"
-    return f"by {by}, iteration {step['iteration']}: {facts['why']}" if "why" in facts else ""
+    by = "training prompts" if by_labels else "tasks of its own"
+    return f"by {by}, iteration {step['iteration']}: {facts.get('why', 'it is not known why')}"
 
 
 def contamination(chosen: Chosen) -> dict[str, int]:

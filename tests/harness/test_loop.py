@@ -213,6 +213,29 @@ def test_what_t_is_chosen_by_is_published_as_no_score(
         ("thinking", "mini_qa"),
     }
     assert {row["task"] for row in evidence.read(ran.folder)} == {"mini_qa"}
+    assert "met" not in choice
+
+
+@pytest.mark.slow
+def test_that_t_was_chosen_by_the_test_under_another_name_is_said(
+    copied: tuple[Path, Path], runner: LocalRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repository: Path
+) -> None:
+    out, config = copied
+    (tmp_path / "tasks").mkdir()
+    asked = {"include": str(repository / "tasks/mini_qa/mini_qa.yaml"), "task": "held_out"}
+    (tmp_path / "tasks/held_out.yaml").write_text(yaml.safe_dump(asked))
+    monkeypatch.setattr(plans, "GRID", (0.1,))
+    ran = run_here(
+        config, out, runner, ("validate=[held_out]",), name="peeked", t="auto", include_path=tmp_path / "tasks"
+    )
+    (choice,) = ran.results["chosen"]
+    assert choice["met"] == choice_count(ran, "mini_qa") == 20
+    assert "20 of the 20 questions it was chosen by are scored, too" in ran.said
+
+
+def choice_count(ran: Ran, task: str) -> int:
+    """How many questions of a task were scored."""
+    return int(next(row["n"] for row in ran.results["rows"] if row["task"] == task))
 
 
 # --- from outside ---
