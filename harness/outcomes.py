@@ -153,10 +153,10 @@ def outcome(task: str, sample: Mapping[str, Any], grades: Graded | None, count: 
     if grades and len(answers) > 1:
         passes = passes_at(scores)
         agreed = majority(scores, [None if never else say for never, say in zip(unclosed, grades.said, strict=True)])
-    whole = rest = None
+    traced = rest = None
     if count:
-        whole = sum(map(count, answers))
         rest = sum(map(count, map(after_trace, answers, traces)))
+        traced = max(0, sum(map(count, answers)) - rest)
     return Outcome(
         task=task,
         question=question(sample),
@@ -164,7 +164,7 @@ def outcome(task: str, sample: Mapping[str, Any], grades: Graded | None, count: 
         answers=len(answers),
         closed=sum(trace.status == "closed" for trace in traces),
         truncated=sum(unclosed),
-        trace_tokens=None if whole is None or rest is None else max(0, whole - rest),
+        trace_tokens=traced,
         answer_tokens=rest,
         pass_at=passes,
         majority=agreed,
@@ -174,7 +174,7 @@ def outcome(task: str, sample: Mapping[str, Any], grades: Graded | None, count: 
 def passes_at(scores: Sequence[float]) -> dict[str, float]:
     """j → pass@j of the answers to one question, for j = 1, 2, 4, … and all of them; right is what scores 1."""
     n, right = len(scores), sum(score == 1 for score in scores)
-    doubled = [2**power for power in range(n.bit_length()) if 2**power < n]
+    doubled = [2**power for power in range(n.bit_length())]
     return {str(j): pass_at(n, right, j) for j in (*doubled, n)}
 
 

@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from logged import OPENED, lm_eval_output, sample
+from made_runs import toy
 
 from harness.errors import StageError
 from harness.outcomes import (
     Outcome,
     closed_share,
+    cut_note,
+    cut_off,
     majority,
     passes_at,
     question,
@@ -24,6 +27,8 @@ from harness.outcomes import (
     summary,
     token_counter,
 )
+from harness.stages import Stage
+from harness.stats import interval
 
 
 def refused(error: pytest.ExceptionInfo[StageError], *parts: str) -> None:
@@ -89,6 +94,57 @@ def test_traces_of_training_prompts_are_counted_over_all_tasks(tmp_path: Path) -
     assert closed_share(tmp_path, ["mini", "mini_prompts"]) == (2, 4)
 
 
+def test_a_trace_that_the_prompt_opened_is_closed_by_a_tag_of_its_own(tmp_path: Path) -> None:
+    lm_eval_output(tmp_path, mini=[sample(text, prompt=OPENED) for text in ("a<think>b</think>c", "a</think>c")])
+    assert closed_share(tmp_path, ["mini"]) == (1, 2)
+
+
+def test_traces_of_a_task_that_lm_eval_did_not_count_are_counted(tmp_path: Path) -> None:
+    lm_eval_output(tmp_path, mini=[sample("a</think>x"), sample("y")])
+    (file,) = tmp_path.glob("samples_mini_*")
+    file.rename(tmp_path / file.name.replace("mini", "part"))
+    assert closed_share(tmp_path, ["part"]) == (1, 2)
+
+
+# --- answers that ran out of tokens ---
+
+
+def test_answers_of_nearly_all_their_tokens_were_cut_off(tmp_path: Path, recipes: Path) -> None:
+    """A digit is a token of this tokenizer, and a tag is one, too, of many bytes."""
+    budget = {"gen_args_0": {"arg_0": "", "arg_1": {"max_gen_toks": 20}}}
+    few = [sample("1" * 20, "1" * 5, arguments=budget), sample("1" * 19, arguments=budget)]  # 95 %
+    many = [sample("1" * 99, "1" * 98, "1" * 100), sample("</think>" * 20)]
+    lm_eval_output(tmp_path, few=few, many=many)
+    tokenizer = recipes / "mini/thinking"
+    facts = cut_off(tmp_path, asked_for(100), tokenizer)
+    assert facts == {"cut_off": {"cut": 3, "answers": 7, "budget": 100}}
+    assert cut_note(facts) == "3 of 7 answers were cut off at 100 tokens (max_gen_toks)"
+    assert cut_off(tmp_path, asked_for(9000), tokenizer) == {"cut_off": {"cut": 1, "answers": 7, "budget": 9000}}
+
+
+def asked_for(tokens: int) -> Stage:
+    """A stage whose recipe lets an answer have so many."""
+    return toy("x", recipes={"recipe.yml": {"model_args": {"max_gen_toks": tokens}}})
+
+
+def test_where_none_was_cut_off_or_nobody_counts_nothing_is_said(tmp_path: Path, recipes: Path) -> None:
+    lm_eval_output(tmp_path, mine=[sample("four")])
+    assert cut_off(tmp_path, asked_for(1), recipes / "mini/thinking")
+    for tokenizer in (None, tmp_path):
+        assert cut_off(tmp_path, asked_for(1), tokenizer) == {}
+    assert cut_off(tmp_path, asked_for(100), recipes / "mini/thinking") == {}
+    assert cut_note({}) == ""
+
+
+def test_an_answer_that_is_none_is_named_whatever_is_counted(tmp_path: Path, recipes: Path) -> None:
+    lm_eval_output(tmp_path, mine=[sample("4"), sample(None)])
+    said = "mine: question 1: the model gave no answer"
+    with pytest.raises(StageError, match=said):
+        closed_share(tmp_path, ["mine"])
+    with pytest.raises(StageError, match=said):
+        cut_off(tmp_path, asked_for(9), recipes / "mini/thinking")
+
+
 # --- several answers to a question ---
 
 
@@ -125,7 +181,29 @@ def test_several_answers_are_passed_if_one_is_right_and_voted_on(tmp_path: Path)
         [Outcome("mine", str(i), score, 1, 0, 0, None, None) for i, score in enumerate((1.0, 1.0, 0.0))]
     )
     assert row["pass_at_k_ci95"] == asked_once[0]["ci95"], "Wilson's, as of any three questions"
+    assert row["maj_at_k_ci95"] == list(interval([1.0, 0.0, 0.0]))
     assert not {"repeats", "pass_at", "maj_at_k"} & asked_once[0].keys()
+
+
+def test_what_never_closed_does_not_outvote_an_answer(tmp_path: Path) -> None:
+    lm_eval_output(tmp_path / "answers", mine=[sample("a</think>4", "never: 5", "never: 5", prompt=OPENED)])
+    (one,) = read(tmp_path / "answers", None, graded(tmp_path / "graded.jsonl", [1, 0, 0], said=[["4", "5", "5"]]))
+    assert one.majority == 1
+
+
+def test_two_answers_are_several_and_twelve_are_more_than_eight(tmp_path: Path) -> None:
+    lm_eval_output(tmp_path / "answers", two=[sample("4", "5")], twelve=[sample(*["4"] * 12)])
+    graded(tmp_path / "two", [1, 0], task="two")
+    graded(tmp_path / "twelve", [1] * 12, task="twelve")
+    (tmp_path / "graded.jsonl").write_text((tmp_path / "two").read_text() + (tmp_path / "twelve").read_text())
+    found = summary(read(tmp_path / "answers", None, tmp_path / "graded.jsonl"))
+    assert [row["repeats"] for row in found] == [2, 12]
+    assert found[0]["pass_at"]["2"]["value"] == 1
+
+
+def test_answers_that_say_nothing_elect_none() -> None:
+    assert majority([1.0, 1.0], [None, None]) == 0
+    assert majority([], []) == 0
 
 
 def test_a_question_asked_once_is_neither_passed_nor_voted_on(tmp_path: Path) -> None:
@@ -209,6 +287,8 @@ def test_tokens_of_traces_and_answers_by_the_checkpoint_s_own_tokenizer(tmp_path
     (row,) = summary([closed, plain])
     assert row["tokens_per_answer"] == (count("2+2=4\n</think>\n\n4") + count("four")) / 2
     assert row["trace_tokens"] == closed.trace_tokens / 2
+    (row,) = summary([unclosed, empty])
+    assert row["tokens_per_answer"] == row["trace_tokens"] == (count("2+2=4") + count("a</think>\n")) / 2
 
 
 def test_tokens_are_sums_over_answers_and_means_in_a_row(tmp_path: Path, recipes: Path) -> None:
@@ -238,6 +318,7 @@ def test_a_question_is_the_same_for_both_checkpoints_in_every_run_and_another_on
         sample("4", doc={**row, "trace_opened": False}, doc_hash="1"),
         sample("it is 4", doc={"trace_opened": True, **row}, prompt=OPENED, doc_hash="2"),
         sample("5", doc=row, score=0.0, doc_hash="3", doc_id=7),
+        sample("4", doc={"answer": "4", "question": "2+2"}),
     ]
     assert len(set(map(question, asked))) == 1
     assert question(sample("4", doc={**row, "answer": "5"})) != question(asked[0])
@@ -271,7 +352,7 @@ def test_an_answer_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (1.5, "is 1.5 on a question, outside 0 to 1"),
+        (1.5, "is 1.5 on a question, outside 0 to 1: it is no share of right answers; name one that is first"),
         (-0.1, "is -0.1 on a question"),
         (float("nan"), "is nan on a question"),
         ([1, 2], "is not a number per question"),
@@ -332,3 +413,8 @@ def test_the_interval_of_a_row_holds_the_share_and_solves_wilson_s_equation(scor
 
 def test_no_outcomes_are_no_rows() -> None:
     assert summary([]) == []
+
+
+def test_shares_of_answers_are_summed_as_they_are() -> None:
+    rows = [Outcome("mine", str(i), score, 4, 4, 0, None, None) for i, score in enumerate((0.25, 0.5, 0.75, 0.75))]
+    assert [(row["correct"], row["accuracy"]) for row in summary(rows)] == [(2.25, 0.5625)]
