@@ -181,6 +181,17 @@ def test_what_can_be_done_side_by_side_is() -> None:
     assert len(join()) == 4
 
 
+def test_as_many_stages_run_at_once_as_there_are_slots_whatever_the_cores() -> None:
+    names = [f"stage_{n}" for n in range(40)]
+    meeting = Meeting(*names)
+    join = in_the_background({name: [] for name in names}, slots([], 40), meeting)
+    try:
+        meeting.wait_for(*names)
+    finally:
+        meeting.let_go()
+    assert len(join()) == 40
+
+
 def test_one_slot_does_one_thing_at_a_time() -> None:
     meeting = Meeting()
     run({key: [] for key in "abcdef"}, slots([], 1), meeting)
