@@ -186,9 +186,8 @@ def power(n: int, gained: float, lost: float) -> float:
     if not differ:
         return 0.0
     counts = np.arange(n + 1)  # of questions that differ
-    # So few of them lost, or so few gained, that chance does it once in twenty.
-    few = stats.binom.ppf((1 - LEVEL) / 2, counts, 0.5)
-    few = np.where(2 * stats.binom.cdf(few, counts, 0.5) > 1 - LEVEL, few - 1, few)
+    # So few of them lost, or so few gained, that chance does it less than once in twenty: no count's tail is just that.
+    few = stats.binom.ppf((1 - LEVEL) / 2, counts, 0.5) - 1
     share = gained / differ
     found = stats.binom.cdf(few, counts, 1 - share) + stats.binom.cdf(few, counts, share)
     return float(np.sum(stats.binom.pmf(counts, n, differ) * np.where(few >= 0, found, 0.0)))

@@ -187,6 +187,7 @@ def test_only_stages_are_listed(store: Store) -> None:
     for key in ("evaluate-02", "distill-01"):
         finished(store, key, {})
     with store.writing("distill-01"):
+        store.hold("distill-01").touch()
         Known(store.root / ".known.json").save()
         assert store.every() == ["distill-01", "evaluate-02"]
 
