@@ -116,7 +116,7 @@ def run(
                 ready.remove(key)
                 running[pool.submit(work, key, together(taken))] = key, taken
             if not running:
-                time.sleep(RETRY_S / 5)
+                time.sleep(RETRY_S)
                 tick()
                 continue
             ended, _ = wait(running, TICK_S if not ready else RETRY_S, FIRST_COMPLETED)

@@ -368,13 +368,15 @@ def test_a_metric_that_is_no_share_of_right_answers(tmp_path: Path, value: Any, 
         refused(error, "mine: its first metric, exact_match", said, "name one that is first")
 
 
-def test_fewer_samples_than_were_asked(tmp_path: Path) -> None:
+def test_fewer_samples_than_were_asked(tmp_path: Path, recipes: Path) -> None:
     lm_eval_output(tmp_path, counts={"mine": 3}, mine=[sample("4"), sample("5")])
     with pytest.raises(StageError) as error:
         read(tmp_path, None)
     refused(error, "samples_mine_", "has 2 of the 3 questions", "disk full", "run the same command again")
     with pytest.raises(StageError, match="2 of the 3"):
         closed_share(tmp_path, ["mine"])
+    with pytest.raises(StageError, match="2 of the 3"):
+        cut_off(tmp_path, asked_for(9), recipes / "mini/thinking")
 
 
 def test_a_truncated_samples_file(tmp_path: Path) -> None:

@@ -206,7 +206,8 @@ def test_the_longest_chain_goes_first() -> None:
     assert run({}, slots([], 1), meeting) == []
 
 
-def test_a_stage_is_known_to_have_ended_while_others_run() -> None:
+def test_a_stage_is_known_to_have_ended_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "TICK_S", 3 * PATIENCE_S)  # at once, and not at the next tick
     meeting = Meeting("slow")
     needs: dict[str, list[str]] = {"slow": [], "quick": []}
     ends = schedule.run(stages_of(needs), needs, slots([], 2), meeting)
@@ -290,6 +291,24 @@ def test_narrow_stages_do_not_keep_a_wide_one_waiting_for_ever() -> None:
     meeting.let_go()
     assert len(join()) == len(needs)
     assert meeting.begun[2] == "wide"
+
+
+def test_narrow_stages_do_not_keep_one_waiting_that_takes_all_cores() -> None:
+    needs: dict[str, list[str]] = {
+        "slow": [],
+        "first": [],
+        "trains": ["first"],
+        "narrow": ["first"],
+        "after": ["trains"],
+    }
+    meeting = Meeting("slow")
+    join = in_the_background(needs, slots([], 2), meeting, trains={"whole_cpu": True})
+    meeting.wait_for("slow", "first")
+    time.sleep(0.15)
+    assert meeting.begun[2:] == []
+    meeting.let_go()
+    join()
+    assert meeting.begun[2] == "trains"
 
 
 def test_the_cpu_does_not_wait_for_a_wide_stage_that_waits_for_gpus() -> None:

@@ -398,6 +398,17 @@ def test_an_interval_says_no_more_than_the_test_beside_it(gained: int, lost: int
     assert found.low < found.high
 
 
+def test_a_difference_of_shares_is_of_questions_drawn_again_and_says_no_more_than_the_test() -> None:
+    before, after = [0.25, 0.5, 0.75] * 10, [0.5, 0.75, 0.625] * 10
+    drawn = bootstrap(lambda b, a: a.mean(axis=-1) - b.mean(axis=-1), before, after)
+    assert difference(before, after) == drawn
+    assert drawn.value == pytest.approx(0.125)
+    assert 0 < drawn.low < drawn.value < drawn.high
+    few = difference(before[:3], after[:3])  # of three questions nothing shows
+    assert few.value == pytest.approx(0.125)
+    assert few.low <= 0 < few.high
+
+
 def newcombe(e: int, f: int, g: int, h: int) -> tuple[float, float]:
     """Method 10 as the paper has it, from a table: right both times, only before, only after, never."""
     n, phi = e + f + g + h, 0.0
