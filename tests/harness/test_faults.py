@@ -204,28 +204,27 @@ def test_an_export_is_whole_or_is_not_there(faults: Faults, shipped: LoopConfig,
 
 # --- writes ---
 
-OURS = {"reconstruct": REFUSALS, "evaluate": (), "generate": (), "distill": ()}  # (): each write in one of the ways
+KINDS = ("reconstruct", "evaluate", "generate", "distill")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_write_of_ours_fails_in_turn(
     kind: str, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """Over the whole sitting of a short stage; of a longer one, over what it does in its own folder and for it."""
+    """In one way after another: of the whole sitting of a short stage; of a longer one, those for its own folder."""
     seen = Faulted(sittings, undisturbed, tmp_path / "runs")
     like = "" if kind == "reconstruct" else f"stages/*{kind}-*"
-    for turn in range(len(OURS[kind]) or 1):
-        for number in range(1, 1000):
-            error = REFUSALS[(number + turn) % len(REFUSALS)]
-            undisturbed.without(kind, seen.out)
-            ended = sittings.run(undisturbed.config, seen.out, Fault(error, number, like=like, who="ours"), logged=True)
-            if not ended.failed:
-                break
-            call = told_of(next(one for one in sittings.faults.calls() if one.number == number), error)
-            seen.look(ended, call)
-            seen.goes_on(call)
+    for number in range(1, 1000):
+        error = REFUSALS[number % len(REFUSALS)]
+        undisturbed.without(kind, seen.out)
+        ended = sittings.run(undisturbed.config, seen.out, Fault(error, number, like=like, who="ours"), logged=True)
+        if not ended.failed:
+            break
+        call = told_of(next(one for one in sittings.faults.calls() if one.number == number), error)
+        seen.look(ended, call)
+        seen.goes_on(call)
     seen.end(f"ours, {kind}", 30)
 
 
@@ -255,7 +254,7 @@ def test_each_first_write_of_a_new_folder_fails_in_turn(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_writes_of_the_tools_fail(kind: str, sittings: Sittings, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """Each kind of file; see the module for which call fails how."""
     seen = Faulted(sittings, undisturbed, out := tmp_path / "runs")
