@@ -134,7 +134,7 @@ def run(
                 except LoopError as error:
                     failed = failed or error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # `with` would wait for what whoever leaves early is to end
+        pool.shutdown(wait=False)  # `with` would wait for what whoever leaves early is to end
     if failed:
         raise failed
 
@@ -162,6 +162,6 @@ def depths(needs: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """How long a chain of stages waits for each: what is on the longest goes first."""
     depth = dict.fromkeys(needs, 0)
     for key in reversed(list(TopologicalSorter(needs).static_order())):
-        for needed in needs.get(key, ()):
-            depth[needed] = max(depth.get(needed, 0), depth[key] + 1)
+        for needed in needs[key]:
+            depth[needed] = max(depth[needed], depth[key] + 1)
     return depth

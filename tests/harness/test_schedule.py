@@ -342,6 +342,24 @@ def test_a_stage_that_another_process_works_on_is_asked_for_again_and_the_others
     assert all(later - sooner >= schedule.RETRY_S for sooner, later in pairwise(times))
 
 
+def test_a_stage_of_another_process_is_asked_for_again_long_before_the_next_tick(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(schedule, "TICK_S", 3 * PATIENCE_S)
+    meeting, tries = Meeting("slow"), []
+
+    def work(key: str, environment: dict[str, str]) -> bool:
+        if key == "slow":
+            return meeting(key, environment)
+        tries.append(key)
+        if len(tries) == 3:
+            meeting.let_go()
+        return len(tries) == 3
+
+    assert sorted(run({"slow": [], "elsewhere": []}, slots([], 2), work)) == ["elsewhere", "slow"]
+    assert len(tries) == 3
+
+
 def test_a_slot_is_free_while_another_process_works() -> None:
     tries = []
 

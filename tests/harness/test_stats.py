@@ -9,7 +9,7 @@ import statistics
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize
 
@@ -88,11 +88,19 @@ def student(nu: int) -> float:
     return float(optimize.brentq(lambda x: integrate.quad(density, -x, x)[0] - 0.95, 1, 50))
 
 
-@pytest.mark.parametrize("scores", [[0.0, 0.25, 1.0, 0.5, 0.5, 0.75] * 2, [0.25, 0.5] * 20])
+@pytest.mark.parametrize("scores", [[0.0, 0.25, 1.0, 0.5, 0.5, 0.75] * 2, [0.25, 0.5] * 20, [0.0, 0.5] * 10])
 def test_shares_of_several_answers_are_student_s_over_the_questions(scores: list[float]) -> None:
     mean, n = statistics.mean(scores), len(scores)
     half = student(n - 1) * statistics.stdev(scores) / math.sqrt(n)
     assert interval(scores) == pytest.approx((max(0.0, mean - half), min(1.0, mean + half)), abs=1e-6)
+
+
+@pytest.mark.parametrize("scores", [[1.0] * 29 + [0.75], [0.0, 0.5] * 9, [0.5] * 30])
+def test_of_less_than_five_right_or_wrong_and_of_all_alike_it_is_wilson_s(scores: list[float]) -> None:
+    mean = statistics.fmean(scores)
+    for bound in interval(scores):
+        assert (mean - bound) ** 2 == pytest.approx(Z * Z * bound * (1 - bound) / len(scores), abs=1e-9)
+        assert 0 < bound < 1
 
 
 def test_near_its_ends_a_mean_of_shares_is_never_surer_than_right_or_wrong() -> None:
@@ -127,7 +135,7 @@ def test_more_questions_say_more() -> None:
 
 
 def test_there_is_no_interval_of_nothing() -> None:
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match=r"^an interval needs at least one answer$"):
         interval([])
 
 
@@ -425,6 +433,8 @@ def newcombe(e: int, f: int, g: int, h: int) -> tuple[float, float]:
 
 @settings(max_examples=50, deadline=None)
 @given(st.tuples(*[st.integers(0, 30)] * 4).filter(any))
+@example((5, 10, 0, 0))
+@example((0, 0, 9, 3))
 def test_a_difference_of_right_and_wrong_is_newcombe_s(table: tuple[int, int, int, int]) -> None:
     e, f, g, h = table
     before, after = [1.0] * (e + f) + [0.0] * (g + h), [1.0] * e + [0.0] * f + [1.0] * g + [0.0] * h

@@ -145,6 +145,17 @@ def test_where_a_trace_is_over(text: str, opened: bool, trace: str | None) -> No
     assert (None if end is None else text[:end]) == trace
 
 
+def test_where_a_trace_is_over_that_no_template_opened() -> None:
+    assert trace_end("a<think>b</think>c") == len("a<think>b</think>")
+
+
+def test_where_a_trace_of_other_tags_is_over() -> None:
+    reason = [["<reasoning>", "</reasoning>"]]
+    assert trace_end("a<reasoning>b</reasoning>c", False, reason) == len("a<reasoning>b</reasoning>")
+    assert trace_end("r</reasoning>a<reasoning>s", False, reason) is None
+    assert trace_end("r</think>a", False, reason) is None
+
+
 # --- properties ------------------------------------------------------------------------------------------------------
 
 FRAGMENTS = [
@@ -333,6 +344,13 @@ class Template:
 )
 def test_what_a_template_opens(system: str, generation: str, opens: bool) -> None:
     assert template_opens_trace(Template(system, generation)) is opens
+
+
+def test_a_template_may_open_other_tags_and_what_has_none_opens_nothing() -> None:
+    template = Template("", "<assistant>\n<reasoning>\n")
+    assert template_opens_trace(template, [["<reasoning>", "</reasoning>"]])
+    assert not template_opens_trace(template)
+    assert not template_opens_trace(object())
 
 
 def test_a_real_tokenizer_opens_what_its_template_opens(tokenizer: Any) -> None:
