@@ -225,7 +225,7 @@ def test_each_write_of_ours_fails_in_turn(
         call = told_of(next(one for one in sittings.faults.calls() if one.number == number), error)
         seen.look(ended, call)
         seen.goes_on(call)
-    seen.end(f"ours, {kind}", 30)
+    seen.end(f"ours, {kind}", 25)
 
 
 def told_of(call: Call, error: int) -> str:
