@@ -187,6 +187,11 @@ def test_a_paired_test_has_no_side(both: list[tuple[bool, bool]]) -> None:
     assert (there.gained, there.lost, there.p) == (back.lost, back.gained, pytest.approx(back.p))
 
 
+def test_answers_to_other_questions_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        paired([1.0, 0.0], [1.0])
+
+
 def test_shares_are_tested_by_turning_signs() -> None:
     before, after = [0.25, 0.5, 0.0, 0.5, 0.75], [0.5, 1.0, 0.75, 0.25, 1.0]
     differences = [a - b for b, a in zip(before, after, strict=True)]

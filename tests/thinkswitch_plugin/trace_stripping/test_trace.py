@@ -12,9 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkswitch_plugin.trace_stripping import Trace, split_trace, template_opens_trace, trace_end
+from thinkswitch_plugin.trace_stripping import Trace, split_trace, template_opens_trace, trace, trace_end
 
 THINK_AND_REASON = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"))
+
+
+@pytest.fixture(autouse=True)
+def tags_are_compiled_anew() -> None:
+    """For each test, as in a process of its own: which tests see a change of a tag's pattern is not chance then."""
+    trace._compile.cache_clear()
 
 
 @pytest.mark.parametrize(
