@@ -6,6 +6,7 @@ import itertools
 import math
 import random as chance
 import statistics
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -200,6 +201,21 @@ def test_shares_are_tested_by_turning_signs() -> None:
     ]
     exact = sum(abs(total) >= abs(sum(differences)) - 1e-12 for total in turned) / len(turned)
     assert paired(before, after).p == pytest.approx(exact)
+
+
+def test_signs_of_many_questions_are_turned_at_random_alike_each_time_and_not_all_at_once() -> None:
+    rng = chance.Random(15)
+    before, after = ([rng.choice([0.0, 0.25, 0.5, 0.75, 1.0]) for _ in range(300)] for _ in range(2))
+    found = paired(before, after).p
+    tracemalloc.start()
+    try:
+        assert paired(before, after).p == found
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 30e6, "five thousand times 300 differences are 12 MB, and scipy has several of them"
+    turned = (stats.RESAMPLES + 1) * found / 2  # of so many, and the one that there is, the less likely side
+    assert turned == pytest.approx(round(turned), abs=1e-9)
 
 
 def test_chance_is_found_out_once_in_twenty_or_less() -> None:
