@@ -73,10 +73,10 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
     if min(mean, 1 - mean) * n < ENOUGH or min(scores) == max(scores):
         z = float(stats.norm.ppf((1 + LEVEL) / 2))
         centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-    error = float(stats.sem(scores))
-    half = error * float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
-    return max(0.0, mean - half), min(1.0, mean + half)
+        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    # With enough right and wrong it ends before 0 and 1, as t² · mean · n / (n - 1) is less than five.
+    half = float(stats.sem(scores)) * float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
+    return mean - half, mean + half
 
 
 def paired(before: Sequence[float], after: Sequence[float]) -> Paired:
