@@ -15,11 +15,13 @@ from made_runs import toy
 
 from harness.errors import StageError
 from harness.outcomes import (
+    Graded,
     Outcome,
     closed_share,
     cut_note,
     cut_off,
     majority,
+    outcome,
     passes_at,
     question,
     read,
@@ -250,6 +252,12 @@ def test_grades_that_do_not_fit_the_answers(tmp_path: Path) -> None:
         with pytest.raises(StageError) as error:
             read(tmp_path / "answers", None, graded(tmp_path / "graded.jsonl", *scores))
         refused(error, "graded.jsonl", "does not fit the answers of mine", "run the same command again")
+
+
+@pytest.mark.parametrize("grades", [Graded([1.0], ["4", "5"]), Graded([1.0, 0.0], ["4"])])
+def test_an_outcome_is_of_as_many_grades_as_answers(grades: Graded) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        outcome("mine", sample("4", "5"), grades, None)
 
 
 def test_grades_that_are_missing_or_not_whole(tmp_path: Path) -> None:
