@@ -114,10 +114,24 @@ def test_other_tags(text: str, tags: Any, expected: Trace) -> None:
     assert (split.answer, split.status) == (expected.answer, expected.status)
 
 
-@pytest.mark.parametrize("tags", [[], "<think>", ["<think>"], [["<think>"]], [["a", "A"]], [["", "b"]], [[1, 2]]])
-def test_bad_tags_are_one_clear_line(tags: Any) -> None:
-    with pytest.raises(ValueError, match=r"^tags: .* write them as \[\[\"<think>\", \"</think>\"\]\]$"):
+@pytest.mark.parametrize(
+    ("tags", "bad"),
+    [
+        ([], []),
+        ("<think>", "<think>"),
+        (["<think>"], "<think>"),
+        ([["<think>"]], ["<think>"]),
+        ([["<think>", "</think>"], ["a", "A"]], ["a", "A"]),
+        ([["", "b"]], ["", "b"]),
+        ([["b", " "]], ["b", " "]),
+        ([[1, 2]], [1, 2]),
+        ([["a", 2]], ["a", 2]),
+    ],
+)
+def test_bad_tags_are_one_clear_line(tags: Any, bad: object) -> None:
+    with pytest.raises(ValueError, match=r"^tags: .* write them as \[\[\"<think>\", \"</think>\"\]\]$") as error:
         split_trace("a", tags=tags)
+    assert str(error.value).startswith(f"tags: {bad!r} is not a pair of different tags")
 
 
 @pytest.mark.parametrize(
@@ -333,6 +347,8 @@ class Template:
         self.system, self.generation = system, generation
 
     def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+        if not {turn["role"] for turn in messages} <= {"user", "assistant"}:
+            raise ValueError("as many a template says of a role that it does not know")
         asked = self.system + "".join(f"<{turn['role']}>{turn['content']}" for turn in messages)
         return asked + self.generation * add_generation_prompt
 
