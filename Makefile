@@ -1,6 +1,7 @@
 # make loop    a virtual environment, the stack, then the whole loop on the embedded pair
 # make test    the same environment, then lint, types and tests (6 minutes on 2 cores; test-all has the long ones)
 # make results the tables and plots of docs/results.md and the README again, from the records in docs/results/
+# make mutants which changes to the plan, the store, the statistics, … no test would notice (hours; docs/mutants.md)
 # make mini    train the embedded pair again from random weights (about half an hour on 2 cores)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SOURCES := pyproject.toml constraints.txt $(shell find tasks recipes -type f -no
 
 CHECKPOINT := config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja model.safetensors
 
-.PHONY: loop test test-all lint results mini clean
+.PHONY: loop test test-all lint results mutants mini clean
 
 loop: $(VENV)/installed
 	$(BIN)/ts-loop --iters 3
@@ -29,6 +30,12 @@ lint: $(VENV)/installed
 
 results: $(VENV)/installed
 	$(BIN)/python benchmarks/results.py
+
+# One at a time, as some tests measure how long things take. What was killed is not run again until its function changes.
+mutants: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mutants]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 1
+	$(BIN)/python -m mutmut results
 
 # The checkpoints are what the native recipes leave; only what a checkpoint needs is kept.
 mini: $(VENV)/installed
@@ -48,4 +55,4 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs mutants
