@@ -46,7 +46,8 @@ NOISE = re.compile(r"^\s|^Traceback|^\s*$|it/s|s/it|━|╭|╰|│|\bWARNING\b|
 # Not `-m harness.keeper`: what a command is named, and what its own children import, follows from the main module.
 START = "from harness.keeper import main; main()"
 NO_ROOM = 1 << 16  # bytes of a disk, fewer than a tool's last words and what it was writing take
-SAMPLE_S = 0.5  # between two looks at a command's memory
+SAMPLE_S = 0.5  # between two looks at a command's memory, at least
+LOOKING = 0.05  # the share of a core that looking takes at most: a large process has many pages to ask about
 
 
 class Usage(NamedTuple):
@@ -306,7 +307,7 @@ class Memory:
         """Look, if it is time to."""
         if pid is None or time.monotonic() < self._next:
             return
-        self._next = time.monotonic() + SAMPLE_S
+        begun, used = time.monotonic(), time.thread_time()
         processes = tree(pid)
         total = 0
         for process in processes:
@@ -314,6 +315,7 @@ class Memory:
                 total += process.memory_full_info().pss  # forks share what they do not write to
         self.peak_mb = max(self.peak_mb, total / MIB)
         self.gpu_peak_mb = max(self.gpu_peak_mb, gpu_memory_mb({process.pid for process in processes}))
+        self._next = begun + max(SAMPLE_S, (time.thread_time() - used) / LOOKING)
 
 
 def gpus() -> list[str]:
