@@ -10,7 +10,7 @@ import click
 
 # A terminal obeys control characters, and a page may not hold them; what turns the direction of a line hides it.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from thinkswitch_plugin.cli import visible
 
 Message = dict[str, str]
 
@@ -129,7 +131,7 @@ def _csv(name: str, content: bytes) -> Rows:
 def _columns(name: str, names: list[str]) -> list[str]:
     """Those of a table's columns that are read; `ValueError` if none of them holds prompts."""
     if not {"messages", *KEYS} & set(names):
-        raise ValueError(f"{name}: has no column of prompts (it has {', '.join(names)}); {_COLUMN}")
+        raise ValueError(f"{name}: has no column of prompts (it has {_shown(names)}); {_COLUMN}")
     return [column for column in names if column in ("id", "messages", *KEYS)]
 
 
@@ -145,7 +147,7 @@ def _parquet(path: Path) -> Rows:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read as Parquet ({why}); write it again") from error
 
@@ -175,8 +177,14 @@ def conversation(row: Mapping[str, Any]) -> list[Message]:
         return _checked_messages(row["messages"])
     key = next((key for key in KEYS if key in row), None)
     if key is None:
-        raise ValueError(f"the row has no prompt (its keys: {', '.join(row) or 'none'}); {_SHAPE}")
+        raise ValueError(f"the row has no prompt (its keys: {_shown(row) or 'none'}); {_SHAPE}")
     return [{"role": "user", "content": _checked_text(row[key], f"`{key}`")}]
+
+
+def _shown(names: Iterable[Any]) -> str:
+    """Some names of a file's own, on one line."""
+    every = [" ".join(visible(str(name)).split())[:40] for name in names]
+    return ", ".join(every[:10]) + (f" and {len(every) - 10} more" if len(every) > 10 else "")
 
 
 def _checked_messages(messages: Any) -> list[Message]:
@@ -193,7 +201,7 @@ def _checked_messages(messages: Any) -> list[Message]:
         role = message.get("role")
         if role != expected and not (role == "system" and position == 1):
             raise ValueError(
-                f"{name} has role {role!r} where {expected!r} belongs; "
+                f"{name} has role {_shown([repr(role)])} where {expected!r} belongs; "
                 "write a system message or none, then user and assistant in turn"
             )
         checked.append({"role": role, "content": _checked_text(message.get("content"), f"the content of {name}")})
