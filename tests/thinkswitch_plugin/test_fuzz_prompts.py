@@ -67,7 +67,7 @@ def read(file: Path, number: int, kind: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-@pytest.mark.parametrize("count", [100, pytest.param(3_400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(3_400, marks=pytest.mark.slow)])
 def test_files_of_prompts(tmp_path: Path, kind: str, count: int) -> None:
     found = [read(tmp_path / f"mine.{kind}", number, kind) for number in range(count)]
     assert 0 < sum(map(bool, found)) < count, "some are whole, some are not"
