@@ -132,12 +132,17 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 def _plain(text: str) -> str:
     """The text without markdown emphasis, LaTeX styling, typographic variants, blank lines and runs of white space."""
-    text = "\n".join(" ".join(line.split()) for line in text.translate(_DASHES).splitlines() if line.strip())
+    text = _tidy(text.translate(_DASHES))
     text = _THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     # Styles nest two or three deep at most; a fixed number of passes keeps hostile nesting linear.
     for _ in range(4):
         text = _WRAPPER.sub(r" \1 ", text)
-    return _DROPPED.sub("", _SPACING.sub(" ", text))
+    return _tidy(_DROPPED.sub("", _SPACING.sub(" ", text)))
+
+
+def _tidy(text: str) -> str:
+    """The text without blank lines and runs of white space, over which the patterns below would be quadratic."""
+    return "\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip())
 
 
 # --- integers ---
@@ -148,7 +153,7 @@ def _plain(text: str) -> str:
 _NUMBER = r"(?<!\bnot )(?:(?<![\w)\]}])[-+]|(?<![\w.^/_{]))\d+(?:\.\d+)?(?!\w|\.\d|\s*\^|\s*/\s*\d)"
 _NUMBERS = re.compile(_NUMBER)
 _LEADING = re.compile(rf"[\s(\[\"'“]*({_NUMBER})(?!\s*(?:[-+*/×·]\s*[\w(\\]|[=<>≡≈]|\\[a-z]))")
-_MODULUS = re.compile(r"\(?\s*\\?\b[pb]?mod(?:ulo)?\s*\{?\s*\d+\s*\}?\s*\)?|\bdivided by\s+\d+", re.IGNORECASE)
+_MODULUS = re.compile(r"\(?\s*\\?\b[pb]?mod(?:ulo)?\s*(?:\{\s*)?\d+\s*\}?\s*\)?|\bdivided by\s+\d+", re.IGNORECASE)
 _EQUALS = re.compile(r"=|≡|≈|→|⇒|\\(?:equiv|approx|to|implies|[Rr]ightarrow)(?![a-z])")
 _OPERATOR = re.compile(r"[-+*/^_<>|!\\×·÷√{}]")
 _SEVERAL = re.compile(r"[,;]\s*\S|\b(?:and|or)\b")

@@ -233,7 +233,22 @@ def test_a_server_that_returned_nothing_is_wrong(answers) -> None:
     assert grade(answers, 0, None, False) == {"exact_match": 0, "closed_trace": 0, "truncated": 0}
 
 
-REPEATED = ["\\boxed{", "\\boxed{}", "\\text{", "answer is ", "answer\n", "= ", ",111", "1", "(", " ", "mod ", "not 1 "]
+REPEATED = [
+    "\\boxed{",
+    "\\boxed{}",
+    "\\text{",
+    "answer is ",
+    "answer\n",
+    "= ",
+    ",111",
+    "1",
+    "(",
+    " ",
+    "mod ",
+    "not 1 ",
+    "\\\\",
+    "\\,\n",
+]
 
 
 @pytest.mark.parametrize("piece", REPEATED)
