@@ -197,7 +197,7 @@ def _boxed_integer(content: str) -> int | None:
 
 def _stated_number(text: str) -> str | None:
     for statement in reversed(list(_ANSWER.finditer(text))):
-        said = _SENTENCE_END.split(text[statement.end() : statement.end() + 300], maxsplit=1)[0]
+        said = _SENTENCE_END.split(text[statement.end() : statement.end() + 300])[0]
         number = _leading_number(said) or _concluded_number(said)
         if number:
             return number

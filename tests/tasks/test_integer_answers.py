@@ -18,6 +18,7 @@ RIGHT = [
     r"\boxed{ 277 }",
     "\\boxed{\n277\n}",
     r"\boxed 277.",
+    r"\boxed 277 out of 1000",
     r"\fbox{277}",
     "boxed{277}",
     r"\boxed{0277}",
@@ -42,6 +43,7 @@ RIGHT = [
     r"\boxed{N \equiv 277 \pmod{1000}}",
     r"\boxed{277 \pmod{1000}}",
     r"\boxed{277 \bmod 1000}",
+    r"\boxed{277\pmod{1000}}",
     r"\boxed{\boxed{277}}",
     r"\boxed{{277}}",
     r"\boxed{{\bf 277}}",
@@ -84,6 +86,10 @@ RIGHT = [
     "So 277 is the remainder when N is divided by 1000.",
     "Total:\n- 277",
     "Result → 277",
+    "So N = 277, which has 3 digits.",
+    r"$N \equiv 277\pmod{1000}$",
+    "Total:\n1. 277",
+    "It is 277.\n1. By symmetry.",
 ]
 WRONG = [
     r"\boxed{2770}",
@@ -107,6 +113,7 @@ WRONG = [
     r"\boxed{276, 277}",
     r"\boxed{277 \text{ or } 278}",
     r"\boxed{m = 200, n = 277}",
+    r"\boxed{277 3rds}",
     r"\boxed{\text{no such integer}}",
     r"\boxed{277}, wait, no: \boxed{278}",
     r"The answer is 277, so \boxed{278}",
@@ -165,6 +172,32 @@ def test_wrong_answers_do_not_count(answers, text: str) -> None:
 )
 def test_other_golds(answers, gold: int | str, text: str) -> None:
     assert grade(answers, gold, text, False)["exact_match"] == 1
+
+
+def test_forty_digits_are_a_number_and_more_are_none(answers) -> None:
+    assert answers.read_integer("7" * 40) == int("7" * 40)
+    assert answers.read_integer("7" * 41) is None
+
+
+# (text, what the task is asked about, the grade where it accepts anything)
+BOXED = [
+    (r"\boxed{a+1}, or rather \boxed{b}", ["b"], 1),
+    (r"\boxed{b} and \boxed{ }", ["b"], 1),
+    (r"\boxed{b} and \boxed{c", [], 0),
+    (r"\boxed{}", [], 0),
+    ("b", [], 0),
+    (r"\boxed{a}</think>\boxed{b}", ["b"], 1),
+    (r"<think>\boxed{a}", [], 0),
+]
+
+
+@pytest.mark.parametrize(("text", "asked", "right"), BOXED)
+def test_what_a_box_holds_is_judged_by_the_task(answers, text: str, asked: list[str], right: int) -> None:
+    seen: list[str] = []
+    grades = answers.grade_boxed({"trace_opened": False}, [text], lambda box: seen.append(box) is None)
+    assert grades["exact_match"] == right
+    assert seen == asked
+    assert answers.grade_boxed({"trace_opened": False}, [text], lambda box: False)["exact_match"] == 0
 
 
 # (text, whether the template opened the trace, exact_match, closed_trace, truncated)

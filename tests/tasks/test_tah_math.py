@@ -351,6 +351,7 @@ def test_right_answers_to_every_benchmark_are_right_and_others_wrong(hub, load_t
         (r"So $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         (r"\boxed{ \frac{1}{2}\, } as I said", r"\frac{1}{2}"),
         (r"\boxed{3} or rather \boxed{**1,024**}", "1024"),
+        (r"\boxed{ x + \text{1} }", "x+1"),
         ("The answer is 3.", None),
         (r"\boxed{} and \boxed{ }", None),
         (r"\boxed{3", None),
