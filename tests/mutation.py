@@ -93,7 +93,7 @@ def bent(chance: random.Random, value: Any) -> Any:
             case 4 if isinstance(holder, dict):
                 holder[text(chance, [str(key)])[:100]] = holder.pop(key)
             case 4:
-                holder[key] = [holder[key]] * chance.choice((2, 1000))
+                holder[key] = [holder[key]] * chance.choice((2, 20))
             case _:
                 for _ in range(chance.choice((1, 3, 100))):
                     holder[key] = chance.choice(([holder[key]], {"a": holder[key]}))
