@@ -97,6 +97,9 @@ def recipe_for(
     arguments = result.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise LoopError("lm-eval recipe: model_args: must be a mapping, as in model_args: {dtype: float32}")
+    if not isinstance(result.get("metadata") or {}, dict):
+        raise LoopError("lm-eval recipe: metadata: must be a mapping")
+    generation(result)
     for key in (key for key in UNFIT if result.get(key)):
         raise LoopError(f"lm-eval recipe: {key}: {UNFIT[key]}; take it out of the recipe")
     if arguments.get("think_end_token") is not None:
@@ -153,10 +156,20 @@ def service(recipe: Recipe, server: str) -> dict[str, Recipe]:
 
 
 def generation(recipe: Recipe) -> dict[str, Any]:
-    """What an lm-eval config says of how answers are written, before which the task's own settings yield."""
+    """What an lm-eval config says of how answers are written, before which the task's own settings yield.
+
+    Raises:
+        LoopError: if it is neither a mapping nor what lm-eval takes for one.
+    """
     said = recipe.get("gen_kwargs") or {}
     if isinstance(said, str):
-        return {key: yaml.safe_load(value) for key, _, value in (part.partition("=") for part in said.split(","))}
+        parts = (part.partition("=") for part in said.split(","))
+        try:
+            return {key: yaml.safe_load(value) for key, _, value in parts}
+        except (yaml.YAMLError, ValueError):
+            said = None
+    if not isinstance(said, dict):
+        raise LoopError("lm-eval recipe: gen_kwargs: must be a mapping, as in gen_kwargs: {temperature: 0.6}")
     return dict(said)
 
 
@@ -200,8 +213,8 @@ def is_wide(recipe: Recipe, server: str = "") -> bool:
     if SHARES.search(server):
         return True
     arguments = recipe["model_args"]
-    several = any(int(arguments.get(key) or 1) > 1 for key in ("tensor_parallel_size", "data_parallel_size"))
-    return several or bool(arguments.get("parallelize"))
+    shares = [arguments.get(key) or 1 for key in ("tensor_parallel_size", "data_parallel_size")]
+    return any(str(share) != "1" for share in shares) or bool(arguments.get("parallelize"))
 
 
 def asked_tasks(folder: Path) -> dict[str, int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from harness.errors import LoopError
 from harness.files import FULL, free_disk, read_json, read_json_or_none
+from harness.stages import short
 from harness.store import READ
 from harness.tasks import Task
 from thinkswitch_plugin.prompts import conversation, read_prompts
@@ -240,7 +241,7 @@ def check_described(instruct: Path, thinking: Path) -> None:
     if mine != other:
         differing = sorted(mine.items() ^ other.items())
         raise LoopError(
-            f"the pair's tokenizers differ in {len(differing)} entries, such as {differing[0][0]!r}: "
+            f"the pair's tokenizers differ in {len(differing)} entries, such as {short(differing[0][0])!r}: "
             f"{instruct} and {thinking}\n{ONE_PRETRAINING}"
         )
 
@@ -301,7 +302,7 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     try:
         vocabulary: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises nothing narrower
-        why = " ".join(str(error).split())
+        why = " ".join(str(error).split())[:300]
         raise LoopError(f"{file}: not a tokenizer ({why}); copy or download it again") from None
     return vocabulary
 
@@ -385,6 +386,8 @@ def check_processes(recipe: Mapping[str, Any], launcher: str) -> None:
         if not find_spec("deepspeed"):
             raise LoopError("distill recipe: deepspeed: is not installed; pip install deepspeed")
     settings = recipe.get("fsdp_config") or {}
+    if not isinstance(settings, dict):
+        raise LoopError("distill recipe: fsdp_config: must be a mapping, as in fsdp_config: {fsdp_version: 2}")
     left = settings.get("final_state_dict_type") or settings.get("state_dict_type")
     if left == "SHARDED_STATE_DICT" and not recipe.get("adapter") and recipe.get("save_strategy") == "no":
         raise LoopError(

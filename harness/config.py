@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from datetime import date
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,12 +23,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from harness.asking import ENGINES
 from harness.errors import LoopError
 from harness.stages import Recipe
+from thinkswitch_plugin.cli import visible
 from thinkswitch_plugin.prompts import FILES, is_source
 
 ARMS = ("thinkswitch", "on_policy", "merge_only", "gold", "untouched")
 OPTIONS = {"iterations": "iters", "include_path": "include-path"}  # fields whose option has another name
 LAUNCHERS = ("python", "accelerate", "torchrun")
 NOTHING: Mapping[Path, str] = {}
+MOST = 20_000  # values in one file, those that YAML's aliases repeat counted each time
+LARGEST = 1_000_000  # characters of all its texts
+DEEPEST = 100  # mappings and lists within one another
 # A setting that is nobody else's business; `pad_token` and its like are not.
 SECRET = re.compile(
     r"(?i)(token|use_auth_token|.*(hub|hf|auth|access|api)_token|.*(secret|passw|api[_-]?key|credential).*|"
@@ -209,17 +214,64 @@ def read_yaml(path: Path, texts: Mapping[Path, str] = NOTHING) -> dict[str, Any]
     Raises:
         LoopError: if the file is missing, unreadable, not YAML, or not a mapping.
     """
+    name = shown(path)
     try:
-        value = yaml.safe_load(texts[path] if path in texts else path.read_text(encoding="utf-8"))
+        if path not in texts and path.exists() and not path.is_file():  # a device, or a pipe, may never end
+            raise LoopError(f"{name}: cannot be read: it is no file; check the path in --config or in loop.yml")
+        text = texts[path] if path in texts else path.read_text(encoding="utf-8")
+        if len(text) > LARGEST:
+            raise LoopError(f"{name}: is longer than {LARGEST:,} characters; is it a file of settings?")
+        value = yaml.safe_load(text)
     except FileNotFoundError:
-        raise LoopError(f"{path}: no such file; check the path in --config or in loop.yml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoopError(f"{path}: cannot be read: {error}") from None
+        raise LoopError(f"{name}: no such file; check the path in --config or in loop.yml") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise LoopError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise LoopError(f"{name}: not valid YAML: {shown(error)}") from None
+    except (OSError, ValueError) as error:  # a date that no calendar has is a ValueError of YAML's
+        raise LoopError(f"{name}: cannot be read: {shown(error)}") from None
     if not isinstance(value, dict):
-        raise LoopError(f"{path}: must be a mapping of settings, not {type(value).__name__}")
+        raise LoopError(f"{name}: must be a mapping of settings, not {type(value).__name__}")
+    if odd := [key for key in value if not isinstance(key, str)]:
+        raise LoopError(f"{name}: {shown(odd[0])}: is no name of a setting; put it in quotes if it is meant")
+    plain(value, name)
     return value
+
+
+def plain(value: Any, where: str) -> None:
+    """Settings as every tool can read them: of Unicode, and of a size and depth that a person could write.
+
+    A few lines of YAML can stand for a billion values, or for one within itself.
+
+    Args:
+        value: as YAML gave it.
+        where: it stands, for what is said of it.
+
+    Raises:
+        LoopError: naming what it is not.
+    """
+    left, seen, letters = [(value, 0)], 0, 0
+    while left:
+        one, depth = left.pop()
+        seen += 1
+        letters += len(one) if isinstance(one, str) else 0
+        if seen > MOST or letters > LARGEST or depth > DEEPEST:
+            raise LoopError(
+                f"{where}: more than {MOST:,} values, {LARGEST:,} characters, or {DEEPEST} within one another; "
+                "write less, and without aliases"
+            )
+        if isinstance(one, dict):
+            left += [(inner, depth + 1) for pair in one.items() for inner in pair]
+        elif isinstance(one, list):
+            left += [(inner, depth + 1) for inner in one]
+        elif isinstance(one, str) and not one.isascii() and one.encode(errors="replace").decode() != one:
+            raise LoopError(f"{where}: {shown(one)} holds half a surrogate pair; write the whole character")
+        elif one is not None and not isinstance(one, str | int | float | date):
+            raise LoopError(f"{where}: {shown(one)} is {type(one).__name__}; write text, numbers, lists and mappings")
+
+
+def shown(value: object) -> str:
+    """A value, or what a library says, as a line can bear it."""
+    text = " ".join(visible(str(value).encode(errors="backslashreplace").decode()).split())
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def load(
@@ -263,7 +315,9 @@ def load(
             source = f"--{OPTIONS.get(field, field)}"
         elif first["loc"][0] in changed:
             source = f"--set {field}"
-        raise LoopError(f"{source}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})") from None
+        raise LoopError(
+            f"{source}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {shown(repr(first['input']))})"
+        ) from None
     if len(config.prompts) > 1 and any(map(is_source, config.prompts)):
         raise LoopError(f"{path}: prompts: name either one file or hub data set, or lm-eval tasks, not both")
     if config.nf4 and config.servers:
@@ -377,8 +431,9 @@ def assignment(text: str) -> tuple[list[str], Any]:
         raise LoopError(f"--set {text}: write KEY=VALUE, such as --set distill.learning_rate=1e-4")
     try:
         parsed = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise LoopError(f"--set {text}: the value is not valid YAML") from None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise LoopError(f"--set {shown(text)}: the value is not valid YAML") from None
+    plain(parsed, f"--set {'.'.join(names)}")
     return names, parsed
 
 

@@ -202,6 +202,7 @@ def asked(file: Path, out: Path, view: View) -> Iterator[Finding]:
         run = loop.prepare(config, recipes, out, view)
         todo = loop.pending(run)
         loop.check_machine(run, todo)
+        loop.check_recipes([(run, stage) for stage in todo.values()])
         yield Finding("loop.yml", "ok", f"{len(run.steps)} stages, {len(todo)} of them to be run")
         yield disk(out, 0)
     except LoopError as error:

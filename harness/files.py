@@ -60,7 +60,7 @@ def read_json(path: Path) -> Any:
         return None
     except OSError as error:
         raise StageError(f"{path}: cannot be read ({error.strerror or error})\n{SEE}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoopError(f"{path}: cannot be read ({error}); restore or remove it") from None
 
 

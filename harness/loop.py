@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from harness import checks, evidence, interpreters, outcomes, report, schedule, tasks, trackers
+from harness import checks, evidence, interpreters, natives, outcomes, report, schedule, tasks, trackers
 from harness.asking import SERVED, TOOLS
 from harness.config import ARMS, LoopConfig, Recipes
 from harness.errors import LoopError, StageError
@@ -510,6 +510,31 @@ def check_machine(run: Run, todo: Mapping[str, Stage]) -> None:
     checks.check_disk(run.store.root, run.pair["thinking"], written)
 
 
+def check_recipes(work: Iterable[tuple[Run, Stage]], log: Path | None = None, runner: Runner | None = None) -> None:
+    """See that the tools take the recipes of what is still to do, all of one store.
+
+    Args:
+        work: stages, each with a run that has it.
+        log: a file for what the tools say, by a runner.
+        runner: which may have the tools at hand; None for a process that imports them.
+
+    Raises:
+        LoopError: naming the first that a tool would not start with.
+    """
+    ask = partial(runner.run, environment={}, log=log) if runner and log else None
+    asked: list[natives.Asked | natives.Came] = []
+    here = devices()
+    for run, stage in work:
+        depends = {"tools": run.keys.versions, "pair": checks.sizes(run.pair["instruct"]), "devices": here}
+        asked.append(natives.Asked(stage, run.pair, depends))
+        for role, folder in run.pair.items():
+            if not checks.is_tah(folder):  # whose code was looked at
+                asked.append(natives.Came(role, folder, [run.watched.get(str(folder)), run.keys.versions]))
+        cache = run.store.root / ".recipes.json"
+    if asked:
+        natives.check(asked, cache, ask)
+
+
 def register(run: Run) -> None:
     """Note what a run is, so that nobody takes its stages for nobody's; what is to be done again counts as undone."""
     for key in run.again:
@@ -534,6 +559,7 @@ def _carried_out(run: Run, view: View, runner: Runner | None) -> Published:
                 stack.callback(runner.close)
             view.preloading(runner.preloaded)
             runner.wait()
+            check_recipes([(run, stage) for stage in todo.values()], run.folder.logs / "recipes.txt", runner)
             needs = {key: [run.keys[s] for s in stage.needs() if run.keys[s] in todo] for key, stage in todo.items()}
             free = schedule.slots(devices(), run.config.jobs)
             work = partial(perform, run, runner, view)
@@ -687,8 +713,10 @@ def dry(run: Run) -> Sequence[str]:
     """Write the recipes of what is left to do, and say what to type: every line can be pasted."""
     import shlex
 
+    todo = pending(run)
+    check_recipes([(run, stage) for stage in todo.values()])
     lines = ["export AXOLOTL_DO_NOT_TRACK=1"]
-    for key, stage in pending(run).items():
+    for key, stage in todo.items():
         step = next(step for step in run.wanted if step.stage is stage)
         paths = write_recipes(run, stage)
         folder = run.store.folder(key)

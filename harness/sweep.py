@@ -209,6 +209,7 @@ def _done(
             stack.callback(runner.close)
         view.preloading(runner.preloaded)
         runner.wait()
+        loop.check_recipes(todo.values(), log.with_name("recipes.txt"), runner)
         at_work = runner
 
         def work(key: str, environment: dict[str, str]) -> bool:

@@ -36,7 +36,7 @@ def command(file: Path, changes: tuple[str, ...], out: Path, dry_run: bool, quie
     """
     from rich.console import Console
 
-    from harness import report, sweep
+    from harness import loop, report, sweep
     from harness.view import View, sweep_table
 
     console = Console(highlight=False)
@@ -44,6 +44,7 @@ def command(file: Path, changes: tuple[str, ...], out: Path, dry_run: bool, quie
     asked, planned = sweep.prepare(file, out, view, changes)
     if dry_run:
         todo = sweep.together(planned)
+        loop.check_recipes(todo.values())
         for one in planned:
             click.echo(f"{one.name}: {sum(owner is one.run for owner, _ in todo.values())} stages to do")
         click.echo(f"{len(planned)} runs, {len(todo)} stages to do")

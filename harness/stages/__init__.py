@@ -157,8 +157,7 @@ class Keys:
     def __getitem__(self, stage: Stage) -> str:
         """KIND-HASH."""
         if id(stage) not in self._keys:
-            said = json.dumps(self.material(stage), sort_keys=True, ensure_ascii=False, default=str)
-            self._keys[id(stage)] = f"{stage.kind.name}-{hashlib.sha256(said.encode()).hexdigest()[:KEY_HEX]}"
+            self._keys[id(stage)] = f"{stage.kind.name}-{hashed(self.material(stage))[:KEY_HEX]}"
             self._kept.append(stage)
         return self._keys[id(stage)]
 
@@ -177,6 +176,19 @@ class Keys:
 
     def _identity(self, source: Source) -> str:
         return source.identity if isinstance(source, External) else f"{self[source.stage]}/{source.path}"
+
+
+def hashed(value: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its mappings: the same for the same."""
+    said = json.dumps(_sortable(value), sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _sortable(value: Any) -> Any:
+    """Plain data whose mappings have texts for keys: YAML's may be numbers, too (`max_memory: {0: 20GiB, cpu: …}`)."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else json.dumps(key, default=str): _sortable(v) for key, v in value.items()}
+    return [_sortable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def placed(value: Any, paths: Mapping[str, str]) -> Any:
@@ -206,10 +218,10 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{name}.{i}")]
     # As keys see them: 1, 1.0 and true are three.
-    return [] if (type(old), old) == (type(new), new) else [f"{name} {_short(old)} → {_short(new)}"]
+    return [] if (type(old), old) == (type(new), new) else [f"{name} {short(old)} → {short(new)}"]
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value as a line can bear it."""
     text = "nothing" if value is None else json.dumps(value, default=str, ensure_ascii=False)
     return text.strip('"') if len(text) <= 60 else text[:57] + "..."

@@ -16,7 +16,7 @@ from typing import Any
 from harness.asking import ANSWERS, DATE
 from harness.errors import LoopError
 from harness.files import read_json, read_json_or_none
-from harness.stages import OWN, RECIPE, External, Facts, Kind, Output, Recipe, Source, Stage, slot
+from harness.stages import OWN, RECIPE, External, Facts, Kind, Output, Recipe, Source, Stage, short, slot
 from thinkswitch_plugin.on_policy_kl import report as on_policy_kl
 from thinkswitch_plugin.trace_stripping import report as trace_stripping
 
@@ -89,12 +89,15 @@ def build(
     ]
     resolved["datasets"] = learnt + further
     resolved["base_model"] = slot("instruct")
+    for name in SAID:
+        if not isinstance(resolved.get(name) or {}, dict):
+            raise LoopError(f"distill recipe: {name}: must be a mapping of that plugin's settings")
     if (resolved.get("on_policy_kl") or {}).get("teacher", "self") != "self":
         resolved["on_policy_kl"]["teacher"] = slot("thinking")
         inputs["thinking"] = thinking
     adapter = resolved.get("adapter")
     if adapter and adapter not in MERGED:
-        raise LoopError(f"distill: adapter: {adapter} cannot be merged; use one of {', '.join(MERGED)}, or none")
+        raise LoopError(f"distill: adapter: {short(adapter)} cannot be merged; use one of {', '.join(MERGED)}, or none")
     resolved["output_dir"] = f"{OWN}/{ADAPTER if adapter else CHECKPOINT}"
     resolved["dataset_prepared_path"] = f"{OWN}/prepared"
     resolved["seed"] = seed
@@ -125,7 +128,9 @@ def build(
 def untouched(recipe: Recipe) -> Recipe:
     """A recipe that learns the answers with their traces: the baseline that shows what stripping them is worth."""
     changed = copy.deepcopy(recipe)
-    changed["trace_stripping"] = {**(changed.get("trace_stripping") or {}), "strip": False}
+    own = changed.get("trace_stripping") or {}
+    if isinstance(own, dict):  # else it is refused when the stage is built
+        changed["trace_stripping"] = {**own, "strip": False}
     return changed
 
 

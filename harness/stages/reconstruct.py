@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import LoopError, StageError
-from harness.stages import OWN, RECIPE, Facts, Kind, Recipe, Source, Stage, slot
+from harness.stages import OWN, RECIPE, Facts, Kind, Recipe, Source, Stage, short, slot
 
 CHECKPOINT = "thinking"
 TOOLS = ("mergekit", "torch", "transformers")
@@ -45,6 +45,8 @@ def build(
         LoopError: if it cannot be told which models stand for the pair, the thinking side would lose its tokenizer, or
             there is no one `t` to set.
     """
+    if not isinstance(recipe.get("parameters") or {}, dict):
+        raise LoopError("reconstruct recipe: parameters: must be a mapping, as in parameters: {t: 0.1}")
     stand_ins = _stand_ins(recipe, written)
     resolved: Recipe = _replaced(copy.deepcopy(recipe), stand_ins)
     first = resolved.get("base_model") or next(iter(_names(resolved)), None)
@@ -80,7 +82,8 @@ def t_of(recipe: Recipe) -> float | None:
 def _sets_t(value: Any) -> bool:
     """Whether a part of a recipe has a `t` of its own, which mergekit takes before the whole recipe's."""
     if isinstance(value, dict):
-        return "t" in (value.get("parameters") or {}) or any(map(_sets_t, value.values()))
+        own = value.get("parameters")
+        return (isinstance(own, dict) and "t" in own) or any(map(_sets_t, value.values()))
     return isinstance(value, list) and any(map(_sets_t, value))
 
 
@@ -101,8 +104,8 @@ def _stand_ins(recipe: Recipe, written: tuple[str, str] | None) -> dict[str, str
     if isinstance(base, str) and len(others) == 1:
         return {base: slot("anchor"), others[0]: slot("instruct")}
     raise LoopError(
-        f"the reconstruct recipe names {len(named)} models ({', '.join(named)}): it must name the pair as loop.yml "
-        "does, or two models, base_model the thinking one"
+        f"the reconstruct recipe names {len(named)} models ({short(', '.join(named))}): it must name the pair as "
+        "loop.yml does, or two models, base_model the thinking one"
     )
 
 

@@ -21,6 +21,7 @@ from harness.runner import LocalRunner
 from harness.view import View
 
 KNOWN: dict[str, Any] = {}  # what lm-eval said so far
+TAKEN: set[str] = set()  # recipes that their tools took so far
 TS_LOOP = str(Path(sys.executable).with_name("ts-loop"))
 
 
@@ -99,6 +100,8 @@ def prepared(
         cache.write_text(json.dumps(KNOWN))
     run = loop.prepare(settings, read_recipes(settings, changes), out.resolve(), view or View(), wishes)
     KNOWN.update(json.loads(cache.read_text()))
+    if TAKEN:
+        (out / "stages" / ".recipes.json").write_text(json.dumps(sorted(TAKEN)))
     return run
 
 
@@ -114,4 +117,6 @@ def run_here(
     console = Console(file=io.StringIO(), width=200, highlight=False)
     run = prepared(config, out, changes, wishes, View(console), **overrides)
     results = loop.go(run, View(console), runner)
+    if (taken := out / "stages" / ".recipes.json").exists():
+        TAKEN.update(json.loads(taken.read_text()))
     return Ran(run, console.file.getvalue(), results)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from harness.asking import (
     asked_tasks,
     commands_for,
     device_of,
+    generation,
     is_wide,
     prompt_of,
     recipe_for,
@@ -84,9 +85,9 @@ def test_settings_that_are_off_are_left_alone() -> None:
 def test_the_commands_are_what_a_person_would_type() -> None:
     resolved, _ = recipe_for(RECIPE, Settings(7), ["mine"], CAME)
     ask = ("python", "-m", "thinkswitch_plugin.kept_answers", "<<stage>>/recipe.yml", "--keep")
-    assert commands_for(resolved, nf4=False) == [ask]
+    assert commands_for(resolved, Settings(7)) == [ask]
     assert resolved["model_args"]["pretrained"] == "<<checkpoint>>"
-    assert commands_for(resolved, nf4=True) == [("axolotl", "nf4", "<<checkpoint>>", "<<stage>>/nf4"), ask]
+    assert commands_for(resolved, Settings(7, nf4=True)) == [("axolotl", "nf4", "<<checkpoint>>", "<<stage>>/nf4"), ask]
     assert resolved["model_args"]["pretrained"] == "<<stage>>/nf4"
 
 
@@ -168,3 +169,21 @@ def test_an_engine_with_a_seed_of_its_own_gets_the_run_s_and_all_devices_it_spre
     assert resolved["model_args"] == {"seed": 7, "tensor_parallel_size": 2, "pretrained": "<<checkpoint>>"}
     assert is_wide(resolved)
     assert not is_wide(recipe_for(RECIPE, Settings(7), ["mine"], CAME)[0])
+
+
+@pytest.mark.parametrize("key", ["model_args", "metadata", "gen_kwargs"])
+@pytest.mark.parametrize("value", [[1], 3.5, True])
+def test_what_must_be_a_mapping_and_is_none(key: str, value: object) -> None:
+    with pytest.raises(LoopError, match=rf"^lm-eval recipe: {key}: must be a mapping"):
+        recipe_for({**RECIPE, key: value}, Settings(7), ["mine"], CAME)
+
+
+def test_gen_kwargs_that_are_a_text_are_read_as_lm_eval_does() -> None:
+    assert generation({"gen_kwargs": "do_sample=true,temperature=0.6"}) == {"do_sample": True, "temperature": 0.6}
+    with pytest.raises(LoopError, match=r"^lm-eval recipe: gen_kwargs: must be a mapping"):
+        generation({"gen_kwargs": "until={"})
+
+
+def test_a_share_that_is_no_number_is_left_to_the_engine() -> None:
+    assert is_wide({"model_args": {"tensor_parallel_size": "auto"}})
+    assert not is_wide({"model_args": {"tensor_parallel_size": "1", "data_parallel_size": None}})

@@ -548,3 +548,90 @@ def test_a_recipe_in_a_loop_is_located(elsewhere: Path) -> None:
     (elsewhere / "distill.yml").write_text(yaml.safe_dump(recipe))
     found: LoopConfig = load(file, {})
     assert read_recipes(found)["distill"]["datasets"] == [{"path": "x"}, {"path": str(elsewhere / "replay.jsonl")}]
+
+
+# --- what YAML can say and no person would ---
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "more than 20,000 values, 1,000,000 characters, or 100 within one another"),
+        ("x: &x [*x, *x]\n", "more than 20,000 values, 1,000,000 characters, or 100 within one another"),
+        (f"x: {'[' * 150}{']' * 150}\n", "more than 20,000 values, 1,000,000 characters, or 100 within"),
+        (f"x: {'[' * 5000}{']' * 5000}\n", "not valid YAML: maximum recursion depth exceeded"),
+        ('x: {y: "\\ud800"}\n', "\\ud800 holds half a surrogate pair; write the whole character"),
+        ('x: {"\\ud800": 1}\n', "\\ud800 holds half a surrogate pair; write the whole character"),
+        (f"x: &x {'a' * 1000}\ny: [{', '.join(['*x'] * 1001)}]\n", "more than 20,000 values, 1,000,000 characters, or"),
+        (f"x: {'a' * 1_000_001}\n", "is longer than 1,000,000 characters; is it a file of settings?"),
+        ("null: 3\n", "None: is no name of a setting; put it in quotes if it is meant"),
+        ("? [a, b]\n: 3\n", "not valid YAML: while constructing a mapping"),
+        ("x: 2024-13-45\n", "cannot be read: month must be in 1..12"),
+        ("x: !!set {a, b}\n", "is set; write text, numbers, lists and mappings"),
+        ("x: !!binary aGVsbG8=\n", "b'hello' is bytes; write text, numbers, lists and mappings"),
+    ],
+    ids=[
+        "bomb",
+        "itself",
+        "deep",
+        "deeper",
+        "surrogate",
+        "surrogate key",
+        "letters",
+        "long",
+        "key",
+        "list key",
+        "date",
+        "set",
+        "bytes",
+    ],
+)
+def test_yaml_that_no_tool_could_read_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "x.yml"
+    file.write_text(text)
+    with pytest.raises(LoopError) as refused:
+        read_yaml(file)
+    assert str(refused.value).startswith(f"{file}: ")
+    assert said in str(refused.value)
+    assert len(str(refused.value)) < 600
+    assert "\n" not in str(refused.value)
+
+
+def test_what_a_person_writes_in_yaml_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "x.yml"
+    file.write_text("a: &a {t: 0.1}\nb: *a\nc: {0: 20GiB, cpu: 10GiB}\nd: 2024-01-02\ne: é😀\nf: .inf\n")
+    assert list(read_yaml(file)) == list("abcdef")
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "&x [*x]", "2024-13-45", "[" * 5000])
+def test_a_setting_of_the_command_line_that_no_tool_could_read(value: str) -> None:
+    with pytest.raises(LoopError, match=r"^--set ") as refused:
+        assignment(f"distill.x={value}")
+    assert len(str(refused.value)) < 500
+
+
+def test_a_recipe_whose_name_no_file_can_have(tmp_path: Path) -> None:
+    recipes = {name: f"{name}.yml" for name in NAMES}
+    for name in ("a\0b", "x" * 5000):
+        with pytest.raises(LoopError, match="cannot be read") as refused:
+            read_recipes(load(written(tmp_path, recipes={**recipes, "generate": name}), {}))
+        assert len(str(refused.value)) < 800
+
+
+def test_a_recipe_that_would_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path):
+        with pytest.raises(
+            LoopError, match=rf"^{path}: cannot be read: it is no file; check the path in --config or in loop.yml$"
+        ):
+            read_yaml(path)
+
+
+def test_a_long_value_that_is_wrong_is_shown_in_part(tmp_path: Path) -> None:
+    with pytest.raises(LoopError, match=r"tasks\.0: input should be a valid string \(got \['mini_qa', ") as refused:
+        load(written(tmp_path, tasks=[["mini_qa"] * 1000]), {})
+    assert len(str(refused.value)) < 600

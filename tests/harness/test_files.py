@@ -232,3 +232,10 @@ def test_what_is_not_whole_can_be_taken_for_none(tmp_path: Path) -> None:
     assert files.read_json_if_whole(tmp_path / "none.json") is None
     (tmp_path / "half.json").write_text('{"a": 1}')
     assert files.read_json_if_whole(tmp_path / "half.json") == {"a": 1}
+
+
+def test_json_nested_too_deep_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(LoopError, match="cannot be read"):
+        files.read_json(tmp_path / "deep.json")
+    assert files.read_json_if_whole(tmp_path / "deep.json") is None

@@ -1,8 +1,13 @@
-"""Settings as people and scripts leave them, through a dry run: refused in a line or two, or planned as they say."""
+"""Settings as people and scripts leave them, through a dry run: refused in a line or two, or what the tools take.
+
+What a dry run asks the tools at its end is asked here of all recipes at once, in a fork of a process that has them.
+"""
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,10 @@ import pytest
 import yaml
 from small import command_here, prepared, small_loop
 
-from harness import loop
+from harness import loop, natives
 from harness.config import LoopConfig, load, read_recipes
 from harness.errors import LoopError
+from harness.runner import LocalRunner
 from harness.view import View
 
 RECIPES = ("generate", "distill", "reconstruct", "evaluate")
@@ -29,6 +35,21 @@ class Fuzzed:
         self.written: dict[str, Any] = yaml.safe_load(self.config.read_text())
         self.files = {name: self.config.parent / self.written["recipes"][name] for name in RECIPES}
         self.kept = {file: file.read_text() for file in [self.config, *self.files.values()]}
+        self.asked: dict[str, dict[str, str]] = {}  # every recipe that was planned, by a hash
+        self.said: dict[str, str] = {}  # which number it came of
+
+    def taken(self, runner: LocalRunner) -> dict[str, list[str]]:
+        """The planned recipes that their tools take, by tool; each of the others is refused in a line."""
+        question, answer = self.out / "asked.json", self.out / "answer.json"
+        question.write_text(json.dumps(self.asked))
+        runner.run(["python", "-m", "harness.natives", str(question), str(answer)], {}, self.out / "natives.log")
+        taken: dict[str, list[str]] = {"axolotl": [], "mergekit": [], "lm_eval": []}
+        for name, why in json.loads(answer.read_text()).items():
+            assert len(why.splitlines()) <= 1, self.said[name]
+            assert len(why) <= natives.LONGEST, self.said[name]
+            if not why:
+                taken[self.asked[name]["tool"]].append(name)
+        return taken
 
     def changed(self, number: int) -> str:
         """Change a file; what is in it now."""
@@ -56,11 +77,16 @@ class Fuzzed:
                 return False
             with mutation.in_time(where):
                 run = loop.prepare(config, recipes, self.out, View(quiet=True))
-                lines = loop.dry(run)
+                todo = loop.pending(run)
+                for stage in todo.values():
+                    loop.write_recipes(run, stage)
+            assert any(stage.kind.name == "distill" for stage in todo.values()) or not config.iterations, where
         except LoopError as error:
             said = str(error)
         else:
-            assert any(line.startswith("axolotl train") for line in lines) or not config.iterations, where
+            for one in (natives.Asked(stage, run.pair, {}) for stage in todo.values()):
+                self.asked[one.name] = {"tool": one.tool, "recipe": one.written()}
+                self.said[one.name] = where
             return True
         if not 1 <= len(said.splitlines()) <= 3 or len(said) > 3_000:
             raise AssertionError(f"{said!r:.500}\n{where}")
@@ -77,12 +103,18 @@ class Fuzzed:
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_recipes(recipes: Path, tmp_path: Path, count: int) -> None:
+def test_recipes(recipes: Path, tmp_path: Path, runner: LocalRunner, tool: Callable[..., str], count: int) -> None:
     fuzzed = Fuzzed(recipes, tmp_path)
     prepared(fuzzed.config, fuzzed.out)  # lm-eval is asked of the tasks once
     found = [fuzzed.planned(fuzzed.changed(number)) for number in range(count)]
     assert 0 < sum(found) < count, "some are planned, some are refused"
-    print(f"{sum(found)} of {count} are planned")
+    taken = fuzzed.taken(runner)
+    print(f"{sum(found)} of {count} are planned", {name: len(each) for name, each in taken.items()}, len(fuzzed.asked))
+    assert 0 < sum(map(len, taken.values())) < len(fuzzed.asked), "some are taken, some are not"
+    for name in taken["mergekit"][: count // 20]:  # and the command does it
+        print(fuzzed.said[name])
+        (tmp_path / "recipe.yml").write_text(fuzzed.asked[name]["recipe"])
+        tool("mergekit-yaml", tmp_path / "recipe.yml", tmp_path / "merged")
 
 
 @pytest.mark.slow
@@ -91,7 +123,7 @@ def test_the_command_line(
 ) -> None:
     """The same through the whole command, where lm-eval is asked anew."""
     fuzzed = Fuzzed(recipes, tmp_path)
-    for number in range(60):
+    for number in range(36):
         where = fuzzed.changed(number)
         code = command_here(monkeypatch, "--config", fuzzed.config, "--out", fuzzed.out, "--dry-run")
         said = capsys.readouterr().err

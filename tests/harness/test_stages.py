@@ -843,3 +843,28 @@ def test_the_pair_is_found_by_its_names_whichever_is_the_base() -> None:
     assert [model["model"] for model in stage.recipes["recipe.yml"]["models"]] == ["<<anchor>>", "<<instruct>>"]
     with pytest.raises(LoopError, match="names 2 models"):
         reconstruct.build(linear, None, anchor, new, None)
+
+
+# --- settings of another kind than their tools know ---
+
+
+@pytest.mark.parametrize("name", ["trace_stripping", "on_policy_kl"])
+@pytest.mark.parametrize("value", [3.5, ["teacher"], "self", True])
+def test_a_plugin_s_settings_that_are_no_mapping_are_refused(name: str, value: object) -> None:
+    recipe = distill.untouched({"datasets": [{"type": "x"}], name: value})
+    with pytest.raises(LoopError, match=rf"^distill recipe: {name}: must be a mapping of that plugin's settings$"):
+        built(recipe)
+
+
+def test_parameters_of_a_merge_that_are_no_mapping_are_refused() -> None:
+    recipe = {"merge_method": "slerp", "base_model": "T", "models": [{"model": "T"}, {"model": "I"}]}
+    with pytest.raises(LoopError, match=r"^reconstruct recipe: parameters: must be a mapping"):
+        reconstruct.build({**recipe, "parameters": ["t"]}, 0.5, THINKING, THINKING)
+    parts = [{"model": "T", "parameters": 3}, {"model": "I"}]
+    assert reconstruct.build({**recipe, "models": parts}, 0.5, THINKING, THINKING).recipes["recipe.yml"]["parameters"]
+
+
+def test_a_mapping_may_have_numbers_among_its_keys() -> None:
+    mixed = {"max_memory": {0: "20GiB", "cpu": "10GiB"}}
+    assert key_of(mixed) == key_of({"max_memory": {"cpu": "10GiB", 0: "20GiB"}})
+    assert key_of(mixed) != key_of({"max_memory": {1: "20GiB", "cpu": "10GiB"}})
