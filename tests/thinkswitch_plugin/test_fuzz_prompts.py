@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import random
+import re
 from pathlib import Path
 
 import mutation
@@ -40,6 +42,17 @@ def whole(chance: random.Random, kind: str) -> bytes:
     return sink.getvalue()
 
 
+def rows_in(kind: str, content: bytes) -> int:
+    """How many rows a whole file has, counted by others than those who read it."""
+    body = content.removeprefix(b"\xef\xbb\xbf")
+    if kind == "jsonl":
+        lines = re.split(rb"\r\n|\r|\n", body)
+        return len(lines) - (not lines[-1])
+    if kind == "csv":
+        return sum(map(bool, csv.reader(io.StringIO(body.decode(), newline="")))) - 1
+    return int(pq.ParquetFile(io.BytesIO(content)).metadata.num_rows)
+
+
 def read(file: Path, number: int, kind: str) -> int:
     """Rows of one mutated file; 0 if it was refused in one line that names it."""
     chance = random.Random(number)
@@ -56,7 +69,7 @@ def read(file: Path, number: int, kind: str) -> int:
             assert said.startswith(str(file)), where
             assert len(said.splitlines()) == 1, where
             return 0
-    assert rows, where
+    assert 0 < len(rows) == rows_in(kind, content), where
     for row in rows:
         assert set(row) == {"id", "messages"}, where
         assert row["messages"][-1]["role"] == "user", where
