@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from harness.config import shown
 from harness.errors import LoopError
 from harness.files import FULL, free_disk, read_json, read_json_or_none
 from harness.stages import short
@@ -53,7 +54,7 @@ def local_checkpoint(name: str, role: str) -> tuple[Path, str]:
     Raises:
         LoopError: if there is no such folder and the hub has or gives none.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name), ""
     folder = _from_hub(name, role, list(READ))
     return folder, f"{name.partition('@')[0]}@{folder.name}"
@@ -65,7 +66,7 @@ def described_checkpoint(name: str, role: str) -> Path:
     Raises:
         LoopError: if there is no such folder and the hub has or gives none.
     """
-    return Path(name) if Path(name).is_dir() else _from_hub(name, role, DESCRIBING)
+    return Path(name) if os.path.isdir(name) else _from_hub(name, role, DESCRIBING)
 
 
 def is_hub_id(name: str) -> bool:
@@ -84,7 +85,9 @@ def _from_hub(name: str, role: str, files: list[str]) -> Path:
 
     repository, _, revision = name.partition("@")
     if not is_hub_id(repository):
-        raise LoopError(f"--{role} {name}: no such folder, and not a hub id (owner/name or owner/name@revision) either")
+        raise LoopError(
+            f"--{role} {shown(name)}: no such folder, and not a hub id (owner/name or owner/name@revision) either"
+        )
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except Exception as error:

@@ -99,7 +99,7 @@ class LoopConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True)
 
-    name: str = Field(default="loop", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="loop", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     instruct: str
     thinking: str
     prompts: list[str] = Field(min_length=1)
@@ -309,7 +309,7 @@ def load(
         config = LoopConfig.model_validate({**asked, **given})
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = shown(".".join(str(part) for part in first["loc"]))
         source = f"{path}: {field}"
         if field in given:
             source = f"--{OPTIONS.get(field, field)}"
@@ -330,8 +330,8 @@ def load(
         raise LoopError(
             "--arms gold: needs right answers: gold: FILE in loop.yml, a .jsonl of conversations (messages)"
         )
-    if "gold" in config.arms and config.gold and not config.gold.is_file():
-        raise LoopError(f"gold: {config.gold}: no such file")
+    if "gold" in config.arms and config.gold and not os.path.isfile(config.gold):
+        raise LoopError(f"gold: {shown(config.gold)}: no such file")
     pair = (written[0], written[1]) if isinstance(written[0], str) and isinstance(written[1], str) else None
     return config.model_copy(update={"written_pair": pair})
 
@@ -482,5 +482,5 @@ def source(name: str, base: Path) -> str:
 
 def local_or_hub(name: str, base: Path) -> str:
     """An absolute path where `name` is a folder (seen from `base`), else `name` itself, taken as a hub id."""
-    folder = base / Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
+    folder = base / os.path.expanduser(name)  # a Path raises for what is too long, or nobody's home
+    return str(folder.resolve()) if os.path.isdir(folder) else name

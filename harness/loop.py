@@ -18,7 +18,7 @@ from typing import Any
 
 from harness import checks, evidence, interpreters, natives, outcomes, report, schedule, tasks, trackers
 from harness.asking import SERVED, TOOLS
-from harness.config import ARMS, LoopConfig, Recipes
+from harness.config import ARMS, LoopConfig, Recipes, shown
 from harness.errors import LoopError, StageError
 from harness.files import below, digest, disk_errors, no_room, read_json_if_whole, refusal, write_json, write_text
 from harness.interpreters import Interpreter
@@ -122,8 +122,8 @@ def prepare(config: LoopConfig, recipes: Mapping[str, Recipe], out: Path, view: 
     if config.iterations:
         checks.check_processes(recipes["distill"], config.launcher)
     prompts = checks.checked_prompts(config.own_prompts) if config.own_prompts else None
-    if config.include_path and not config.include_path.is_dir():
-        raise LoopError(f"--include-path {config.include_path}: no such folder")
+    if config.include_path and not os.path.isdir(config.include_path):
+        raise LoopError(f"--include-path {shown(config.include_path)}: no such folder")
     known = Known(store.root / ".known.json", view.hashing)
     if wishes.verify:
         known.forget()
@@ -223,7 +223,7 @@ def check_pair(config: LoopConfig) -> tuple[dict[str, Path], dict[str, str]]:
     """
     pair, names = {}, {}
     asked = {"instruct": config.instruct, "thinking": config.thinking}
-    if not all(Path(name).is_dir() for name in asked.values()):  # before 16 GB are fetched
+    if not all(map(os.path.isdir, asked.values())):  # before 16 GB are fetched
         checks.check_described(*(checks.described_checkpoint(name, role) for role, name in asked.items()))
     for role in ("instruct", "thinking"):
         pair[role], names[role] = checks.local_checkpoint(asked[role], role)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from harness.checks import local_checkpoint
 from harness.config import LoopConfig, assignment, load, located, put, read_recipes, read_yaml, recipes_folder
 from harness.errors import LoopError
 
@@ -634,4 +635,23 @@ def test_a_recipe_that_would_never_end_is_not_read(tmp_path: Path) -> None:
 def test_a_long_value_that_is_wrong_is_shown_in_part(tmp_path: Path) -> None:
     with pytest.raises(LoopError, match=r"tasks\.0: input should be a valid string \(got \['mini_qa', ") as refused:
         load(written(tmp_path, tasks=[["mini_qa"] * 1000]), {})
+    assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody_has_this_name/x", "a\0b"])
+def test_a_checkpoint_s_name_that_no_folder_can_have(tmp_path: Path, name: str) -> None:
+    config = load(written(tmp_path, instruct=name), {})
+    assert config.instruct == name
+    with pytest.raises(LoopError, match=r"^--instruct .*no such folder") as refused:
+        local_checkpoint(config.instruct, "instruct")
+    assert len(str(refused.value)) < 600
+
+
+def test_a_name_that_no_folder_can_have_and_a_key_of_many_lines(tmp_path: Path) -> None:
+    with pytest.raises(LoopError, match="name: string should have at most 100 characters") as refused:
+        load(written(tmp_path, name="x" * 5000), {})
+    assert len(str(refused.value)) < 600
+    with pytest.raises(LoopError, match="extra inputs are not permitted") as refused:
+        load(written(tmp_path, **{"a\u2028b\nc" * 500: 1}), {})
+    assert len(str(refused.value).splitlines()) == 1
     assert len(str(refused.value)) < 600
