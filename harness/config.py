@@ -105,7 +105,7 @@ class LoopConfig(BaseModel):
     prompts: list[str] = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)
     include_path: Path | None = None
-    iterations: int = Field(default=3, ge=0)
+    iterations: int = Field(default=3, ge=0, le=1000)
     t: float | Literal["auto"] | None = None
     validate_by: list[str] = Field(default_factory=list, alias="validate")
     anchor: Literal["original", "previous"] = "original"
@@ -113,7 +113,7 @@ class LoopConfig(BaseModel):
     arms: list[Literal["thinkswitch", "on_policy", "merge_only", "gold", "untouched"]] = Field(default_factory=list)
     gold: Path | None = None
     seed: int = Field(default=42, ge=0)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=100)
     nf4: bool = False
     jobs: int = Field(default=1, ge=1)
     launcher: str = "python"

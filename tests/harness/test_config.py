@@ -655,3 +655,9 @@ def test_a_name_that_no_folder_can_have_and_a_key_of_many_lines(tmp_path: Path) 
         load(written(tmp_path, **{"a\u2028b\nc" * 500: 1}), {})
     assert len(str(refused.value).splitlines()) == 1
     assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("asked", [{"iterations": 2**63}, {"seeds": list(range(101))}])
+def test_more_than_anybody_could_wait_for_is_refused(tmp_path: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(LoopError, match=r"should (be less than or equal to 1000|have at most 100 items)"):
+        load(written(tmp_path, **asked), {})
