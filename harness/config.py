@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from harness.asking import ENGINES
 from harness.errors import LoopError
 from harness.stages import Recipe
-from thinkswitch_plugin.cli import visible
+from thinkswitch_plugin.cli import on_one_line
 from thinkswitch_plugin.prompts import FILES, is_source
 
 ARMS = ("thinkswitch", "on_policy", "merge_only", "gold", "untouched")
@@ -270,7 +270,7 @@ def plain(value: Any, where: str) -> None:
 
 def shown(value: object) -> str:
     """A value, or what a library says, as a line can bear it."""
-    text = " ".join(visible(str(value).encode(errors="backslashreplace").decode()).split())
+    text = on_one_line(str(value).encode(errors="backslashreplace").decode())
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 

@@ -522,14 +522,19 @@ def check_recipes(work: Iterable[tuple[Run, Stage]], log: Path | None = None, ru
         LoopError: naming the first that a tool would not start with.
     """
     ask = partial(runner.run, environment={}, log=log) if runner and log else None
+    stages: dict[int, tuple[Run, list[Stage]]] = {}  # by the run's id: what is asked of a pair is asked once
+    for run, stage in work:
+        stages.setdefault(id(run), (run, []))[1].append(stage)
     asked: list[natives.Asked | natives.Came] = []
     here = devices()
-    for run, stage in work:
+    for run, mine in stages.values():
         depends = {"tools": run.keys.versions, "pair": checks.sizes(run.pair["instruct"]), "devices": here}
-        asked.append(natives.Asked(stage, run.pair, depends))
-        for role, folder in run.pair.items():
-            if not checks.is_tah(folder):  # whose code was looked at
-                asked.append(natives.Came(role, folder, [run.watched.get(str(folder)), run.keys.versions]))
+        asked += [natives.Asked(stage, run.pair, depends) for stage in mine]
+        asked += [
+            natives.Came(role, folder, [run.watched.get(str(folder)), run.keys.versions])
+            for role, folder in run.pair.items()
+            if not checks.is_tah(folder)  # whose code was looked at
+        ]
         cache = run.store.root / ".recipes.json"
     if asked:
         natives.check(asked, cache, ask)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -26,7 +27,7 @@ from harness.checks import tensor_shapes
 from harness.errors import LoopError, StageError
 from harness.files import digest, disk_errors, read_json, read_json_or_none, write_json
 from harness.stages import OWN, RECIPE, Stage, dump, hashed, placed
-from thinkswitch_plugin.cli import visible
+from thinkswitch_plugin.cli import on_one_line
 
 TOOLS = {
     "generate": "lm_eval",
@@ -46,6 +47,12 @@ ALSO_TAKES: dict[str, Any] = {
 }
 Token = Annotated[int, Field(ge=-1, lt=2**31)]
 TOKENS = Token | Annotated[list[Token], Field(min_length=1)] | None
+
+
+@cache
+def own_code() -> str:
+    """A hash of this module: what it has taken is to be looked at again by another one."""
+    return digest(Path(__file__))
 
 
 class Asked(NamedTuple):
@@ -79,7 +86,7 @@ class Asked(NamedTuple):
     @property
     def name(self) -> str:
         """A hash of all that the answer depends on."""
-        return hashed([self.tool, self.recipe, self.depends, digest(Path(__file__))])
+        return hashed([self.tool, self.recipe, self.depends, own_code()])
 
     def written(self) -> str:
         """The recipe as YAML, with the pair in place of what is not made yet."""
@@ -105,7 +112,7 @@ class Came(NamedTuple):
     @property
     def name(self) -> str:
         """As `Asked.name`."""
-        return hashed([self.tool, self.depends, digest(Path(__file__))])
+        return hashed([self.tool, self.depends, own_code()])
 
     @property
     def title(self) -> str:
@@ -160,7 +167,7 @@ def _process(command: list[str]) -> None:
     said = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, errors="replace", check=False)
     if said.returncode:
         last = [line for line in said.stderr.splitlines() if line.strip()][-1:]
-        raise StageError(f"the recipes could not be shown to their tools: {visible(' '.join(last))[:LONGEST]}")
+        raise StageError(f"the recipes could not be shown to their tools: {on_one_line(' '.join(last))[:LONGEST]}")
 
 
 # --- in the process that has the tools ---
@@ -172,7 +179,7 @@ def refusal(tool: str, text: str) -> str:
     try:
         readers[tool](text)
     except (Exception, SystemExit) as error:  # a validator raises whatever it likes
-        return " ".join(visible(_said(error)).split())[:LONGEST] or type(error).__name__
+        return on_one_line(_said(error))[:LONGEST] or type(error).__name__
     return ""
 
 

@@ -21,6 +21,11 @@ def visible(text: str, coloured: bool = False) -> str:
     return "".join(part if COLOUR.fullmatch(part) else part.translate(VISIBLE) for part in COLOUR.split(text))
 
 
+def on_one_line(text: str) -> str:
+    """A text of somebody else's as a message can bear it: `visible`, and without its lines."""
+    return " ".join(visible(text).split())
+
+
 @contextmanager
 def one_line() -> Iterator[None]:
     """Turn a `ValueError` or `OSError` into click's own error, of its first line, without a traceback."""

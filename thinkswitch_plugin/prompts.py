@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin.cli import visible
+from thinkswitch_plugin.cli import on_one_line
 
 Message = dict[str, str]
 
@@ -183,7 +183,7 @@ def conversation(row: Mapping[str, Any]) -> list[Message]:
 
 def _shown(names: Iterable[Any]) -> str:
     """Some names of a file's own, on one line."""
-    every = [" ".join(visible(str(name)).split())[:40] for name in names]
+    every = [on_one_line(str(name))[:40] for name in names]
     return ", ".join(every[:10]) + (f" and {len(every) - 10} more" if len(every) > 10 else "")
 
 

@@ -108,13 +108,26 @@ def test_a_sweep_comes_to_what_its_runs_do_and_what_they_share_is_done_once(
 def test_a_run_that_fails_costs_the_others_nothing(recipes: Path, tmp_path: Path, runner: LocalRunner) -> None:
     config = small_loop(recipes, tmp_path / "mine", limit=8)
     file = written(
-        tmp_path, config=str(config), runs=[{"reconstruct.dtype": "none_such"}, {"t": 0.3}, {"distill.lora_r": 0}]
+        tmp_path,
+        config=str(config),
+        runs=[{"distill.sequence_len": 2}, {"t": 0.3}, {"generate.model_args.dtype": "none_such"}],
     )
     found, said, _ = swept(file, tmp_path / "runs", runner)
     assert [bool(one.failed) for one in found] == [True, False, True]
     assert said.count("\nfailed: iteration 1, ") == 2
     assert len(found[1].rows) == 4
-    assert [row["iteration"] for row in found[0].rows] == [0, 0, 1], "what does not read it was done"
-    with pytest.raises(StageError, match="2 of 3 runs failed, the first: sweep-dtypenone_such: "):
+    assert [row["iteration"] for row in found[0].rows] == [0, 0], "what does not read it was done"
+    with pytest.raises(StageError, match="2 of 3 runs failed, the first: sweep-sequence_len2: "):
         sweep.check(found)
     assert "failed" in [line[1] for line in sweep.table_rows(found)]
+
+
+@pytest.mark.slow
+def test_a_recipe_that_its_tool_refuses_ends_a_sweep_before_anything_runs(
+    recipes: Path, tmp_path: Path, runner: LocalRunner
+) -> None:
+    config = small_loop(recipes, tmp_path / "mine", limit=8)
+    file = written(tmp_path, config=str(config), runs=[{"t": 0.3}, {"reconstruct.dtype": "none_such"}])
+    with pytest.raises(LoopError, match=r"mergekit refuses it: .*none_such"):
+        swept(file, tmp_path / "runs", runner)
+    assert not list((tmp_path / "runs/stages").glob("*/stage.json"))
